@@ -1,0 +1,50 @@
+# make run      executes the notebooks into build/ (.ipynb and .html)      PROFILE=smoke | quick | full
+# make lab      opens them in JupyterLab
+# make test     unit tests, and every notebook in the smoke profile; needs no network
+# make refresh  re-executes in place what is committed: outputs, figures, results
+#
+# PYTHON=python3.12  the Python to make .venv with
+# PIN=               the newest versions that requirements.txt allows, instead of the tested ones in requirements.lock
+
+PROFILE ?= quick
+PIN ?= requirements.lock
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c '$(HAS_WHEEL)' 2> /dev/null && echo $$p && exit; done; echo python3)
+# TensorFlow has wheels for 64-bit CPython 3.10 to 3.13, and none for Macs with an Intel processor.
+HAS_WHEEL = import platform as p, sys, sysconfig as s; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 13) \
+	and sys.maxsize > 2**32 and p.python_implementation() == "CPython" and not s.get_config_var("Py_GIL_DISABLED") \
+	and (p.system(), p.machine()) != ("Darwin", "x86_64")))
+BIN := $(if $(wildcard $(VENV)/Scripts),$(VENV)/Scripts,$(VENV)/bin)
+READY := $(VENV)/ready-$(notdir $(PIN))
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(PIN),--constraint $(PIN))
+
+.PHONY: run lab test refresh clean
+.DELETE_ON_ERROR:
+
+run: $(READY)
+	@CLR_PROFILE=$(PROFILE) $(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)
+
+lab: $(READY)
+	@CLR_PROFILE=$(PROFILE) $(BIN)/python -m jupyter lab notebooks
+
+test: $(READY)-test
+	@CLR_PROFILE=smoke CLR_SYNTHETIC=always $(BIN)/python -m pytest $(ARGS)
+
+refresh: $(READY)
+	@CLR_PROFILE=$(PROFILE) $(BIN)/python tools/run_notebooks.py --in-place $(NOTEBOOKS)
+
+clean:
+	rm -rf $(VENV) build
+
+$(READY): requirements.txt $(PIN)
+	@$(PYTHON) -c '$(HAS_WHEEL)' 2> /dev/null || { echo "$(PYTHON) will not do: TensorFlow runs on 64-bit CPython 3.10 to 3.13" \
+		"(not on Macs with an Intel processor). Install one of these, then for example: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "Installing into $(VENV), once: about 2 GB on disk, some minutes ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) --requirement requirements.txt
+	@touch $@
+
+$(READY)-test: $(READY) tests/requirements.txt
+	@$(INSTALL) --requirement tests/requirements.txt
+	@touch $@

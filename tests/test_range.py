@@ -1,0 +1,777 @@
+"""Tests of lr_range_test: what it records, what it stops on, what it suggests, and that it leaves no trace."""
+
+import math
+import random
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import clr_utils
+from clr_utils import CLR, RangeTest, lr_range_test, plot_range_test
+
+BACKEND = keras.backend.backend()
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(160, 6)).astype("float32")
+Y = (X[:, :3].argmax(axis=1)).astype("int32")
+QUICK = dict(num_steps=24, batch_size=16, lr_bounds=(1e-4, 1.0))
+
+
+def network(dropout=0.3, dtype=None):
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, activation="tanh", dtype=dtype),
+            keras.layers.BatchNormalization(dtype=dtype),
+            keras.layers.Dropout(dropout, dtype=dtype),
+            keras.layers.Dense(3, dtype=dtype),
+        ]
+    )
+
+
+def loss_function():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def compiled(optimizer=None, model=None, **options):
+    model = model or network()
+    model.compile(
+        optimizer or keras.optimizers.SGD(0.05, momentum=0.9), loss_function(), metrics=["accuracy"], **options
+    )
+    return model
+
+
+def small():
+    """Quicker to trace, where only the data or the outcome matters."""
+    return compiled(keras.optimizers.SGD(0.05), keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)]))
+
+
+def set_seeds(seed):
+    from keras.src.backend.common import global_state
+
+    keras.utils.set_random_seed(seed)
+    global_state.set_global_attribute("global_seed_generator", None)  # Keras 3.10 leaves it as it is
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        tf.random.set_global_generator(tf.random.Generator.from_seed(3))
+
+
+def bits(variables):
+    return [np.array(ops.convert_to_numpy(ops.convert_to_tensor(v))) for v in variables]
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other):
+        np.testing.assert_array_equal(a, b)
+
+
+# ---- no trace -------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+    "clr": lambda: CLR((0.01, 0.1), steps=7, momentum_bounds=(0.95, 0.85)),
+    "adam": lambda: keras.optimizers.Adam(0.01),
+}
+
+
+class Plain(keras.Model):
+    """Its call takes no training argument, and its loss is its own, in the form of before Keras 3.3."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(3)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return 2.0 * ops.mean(loss_function()(y, y_pred))
+
+
+def test_a_model_class_with_its_own_loss():
+    model = Plain()
+    model.compile("sgd")
+    result = lr_range_test(model, X[:16], Y[:16], num_steps=10, lr_bounds=(1e-9, 1e-8), batch_size=16)
+    np.testing.assert_allclose(result.loss, 2 * float(loss_function()(Y[:16], model(X[:16]))), rtol=1e-5)
+
+
+class Broken(Exception):
+    pass
+
+
+def breaking(error, good=7):
+    for i in range(good):
+        random.random(), np.random.rand()  # data that draws from the global states
+        yield X[16 * i : 16 * i + 16], Y[16 * i : 16 * i + 16]
+    raise error
+
+
+def spoilt():
+    while True:
+        for i in range(10):
+            x = X[16 * i : 16 * i + 16].copy()
+            x[0, 0] = math.nan if i == 9 else x[0, 0]
+            yield x, Y[16 * i : 16 * i + 16]
+
+
+def endings(monkeypatch):
+    """Name, call: the ways in which a test can end."""
+
+    def plain(model):
+        assert lr_range_test(model, X, Y, **QUICK).stopped == "It reached the end of the sweep."
+
+    def divergence(model):
+        result = lr_range_test(model, X, Y, num_steps=60, lr_bounds=(1e-3, 1e3), stop_factor=1.5, batch_size=16)
+        assert "passed 1.5 times" in result.stopped and len(result.lr) < 60 and result.diverged_at == result.lr[-1]
+
+    def nan(model):
+        result = lr_range_test(model, spoilt(), **QUICK)
+        assert result.stopped == "The loss was nan at update 9." and len(result.loss) == 9
+
+    def exception(model):
+        with pytest.raises(Broken, match="half way"):
+            lr_range_test(model, breaking(Broken("half way")), **QUICK)
+
+    def interrupt_in_data(model):
+        with pytest.raises(KeyboardInterrupt):
+            lr_range_test(model, breaking(KeyboardInterrupt()), **QUICK)
+
+    def interrupt_in_training(model):
+        def look(self, values):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(clr_utils._Watch, "_look", look)
+            lr_range_test(model, X, Y, **QUICK)
+
+    return [plain, divergence, nan, exception, interrupt_in_data, interrupt_in_training]
+
+
+def global_random_draws():
+    draws = [random.random(), np.random.rand(), keras.random.normal((3,))]
+    layer = keras.layers.Dense(4)
+    layer.build((None, 3))
+    draws += [layer.kernel]
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        draws += [tf.random.uniform((3,)), tf.random.get_global_generator().normal((3,))]
+    return [np.array(ops.convert_to_numpy(ops.convert_to_tensor(d))) for d in draws]
+
+
+def life(optimizer, state, then):
+    """Everything that a training shows, with `then(model)` before it; mid-training: after 7 updates."""
+    set_seeds(5)
+    keras.random.normal((2,))  # brings Keras's global seed into being
+    model = compiled(OPTIMIZERS[optimizer]())
+    history = None
+    if state == "mid-training":
+        history = model.fit(X[:112], Y[:112], batch_size=16, verbose=0)
+    then(model, history)
+    draws = global_random_draws()
+    history = model.fit(X, Y, batch_size=16, epochs=2, verbose=0)
+    shown = [np.array(v) for v in history.history.values()]
+    return draws + shown + bits(model.variables) + bits(model.optimizer.variables)
+
+
+@pytest.mark.parametrize("state", ["fresh", "mid-training"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_after_it_gives_the_same_bits(optimizer, state, monkeypatch):
+    def tested(model, history):
+        own = model.optimizer
+        before = bits(model.variables), bits(own.variables), own.built
+        # A training function and metrics in mid-use, which the test must neither use nor replace.
+        functions = model.train_function, model.test_function, model.predict_function
+        counted = {id(v): np.array(ops.convert_to_numpy(v)) for m in model.metrics for v in m.variables}
+        model.stop_training = "as it was"
+        states = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
+        ways = endings(monkeypatch)
+        for ending in ways if state == "mid-training" or optimizer == "clr" else ways[:1] + ways[3:4]:
+            ending(model)
+            assert_same(before[0], bits(model.variables))
+            assert_same(before[1], bits(own.variables))
+            assert model.optimizer is own and own.built == before[2]
+            assert (model.train_function, model.test_function, model.predict_function) == functions
+            assert model.stop_training == "as it was"
+            assert getattr(model, "history", None) is history
+            for m in model.metrics:
+                for v in m.variables:
+                    value = ops.convert_to_numpy(v)
+                    np.testing.assert_array_equal(value, counted.get(id(v), np.zeros_like(value)))
+            assert states == (random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2])
+        model.stop_training = False
+
+    assert_same(life(optimizer, state, lambda model, history: None), life(optimizer, state, tested))
+
+
+def test_a_model_not_yet_built_trains_the_same(monkeypatch):
+    def trained(test):
+        set_seeds(1)
+        model = keras.Sequential(
+            [keras.layers.Dense(4, activation="relu"), keras.layers.Dropout(0.5), keras.layers.Dense(3)]
+        )
+        model.compile(CLR((0.01, 0.1), 5, 0.9), loss_function())
+        if test:
+            lr_range_test(model, X, Y, **QUICK)
+        # On JAX, `fit` draws one order more from NumPy for building, so none is drawn here.
+        return model.fit(X, Y, batch_size=16, verbose=0, shuffle=False).history["loss"] + bits(model.variables)
+
+    assert_same(trained(False), trained(True))
+
+
+def test_state_loaded_into_an_unbuilt_clr_survives(tmp_path):
+    model = compiled(CLR((0.01, 0.1), 5, 0.9))
+    model.fit(X, Y, batch_size=16, verbose=0)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = compiled(CLR((0.01, 0.1), 5, 0.9))
+    other.load_weights(tmp_path / "m.weights.h5")
+    lr_range_test(other, X, Y, **QUICK)
+    other.optimizer.build(other.trainable_variables)
+    assert_same(bits(model.optimizer.variables), bits(other.optimizer.variables))
+
+
+def test_draws_of_the_data_are_taken_back(monkeypatch):
+    """Data that draws from every global state, with TensorFlow ahead of the training in a thread of its own."""
+
+    def drawing():
+        while True:
+            i = np.random.randint(0, 140)
+            random.random(), keras.random.normal((2,))
+            if BACKEND == "tensorflow":
+                tf.random.uniform((2,)), tf.random.get_global_generator().normal((2,))
+            yield X[i : i + 16], Y[i : i + 16]
+
+    def draws(test):
+        set_seeds(2)
+        model = small()
+        if test:
+            lr_range_test(model, drawing(), **QUICK)
+        return global_random_draws()
+
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+    assert_same(draws(False), draws(True))
+
+
+def test_nothing_is_drawn_after_the_end():
+    drawn = []
+    stream = clr_utils._Stream((drawn.append(i) or (X[:16], Y[:16]) for i in range(99)), None, 16, 0, 50)
+    next(stream.data)
+    stream.close()
+    assert next(stream.data, None) is None and len(drawn) == 1
+
+
+def test_states_that_did_not_exist_do_not_come_into_being(monkeypatch):
+    from keras.src.backend.common import global_state
+
+    def drawing():
+        while True:
+            keras.random.normal((2,))
+            yield X[:16], Y[:16]
+
+    model = small()
+    if BACKEND == "tensorflow":
+        from tensorflow.python.eager import context
+        from tensorflow.python.ops import stateful_random_ops
+
+        monkeypatch.delattr(context.context(), "_rng", raising=False)  # as before the first tf.random.set_seed
+        monkeypatch.setattr(stateful_random_ops, "global_generator", None)
+    global_state.set_global_attribute("global_seed_generator", None)
+    lr_range_test(model, drawing() if BACKEND != "tensorflow" else X, None if BACKEND != "tensorflow" else Y, **QUICK)
+    assert global_state.get_global_attribute("global_seed_generator") is None
+
+
+def test_names_go_on_counting_as_before():
+    model = small()
+    number = int(keras.layers.Dense(1).name.split("_")[-1])
+    lr_range_test(model, X, Y, **QUICK)
+    assert int(keras.layers.Dense(1).name.split("_")[-1]) == number + 1
+
+
+# ---- what it records ------------------------------------------------------------------------------------
+
+
+def one_weight(optimizer, w=1.0, curvature=1.0):
+    """loss = mean(curvature / 2 * (w * x - y)^2); with x = 1 a quadratic of known curvature."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    model.compile(optimizer, lambda y, p: curvature / 2 * ops.mean(ops.square(p - y)))
+    model.layers[0].kernel.assign([[w]])
+    return model
+
+
+def numpy_sweep(x, y, rates, beta):
+    w, v, losses = 1.0, 0.0, []
+    for lr, a, b in zip(rates, x, y):
+        losses.append(0.5 * np.mean((w * a - b) ** 2))
+        v = beta * v - lr * np.mean((w * a - b) * a)
+        w += v
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("sweep", ["exponential", "linear"])
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_losses_are_those_of_each_batch(beta, sweep):
+    x, y = RNG.normal(size=(2, 30, 5, 1)).astype("float32")
+    model = one_weight(keras.optimizers.SGD(0.7, momentum=beta))
+    result = lr_range_test(
+        model, iter(list(zip(x, y))), lr_bounds=(1e-3, 0.1), num_steps=30, sweep=sweep, smoothing=0.8
+    )
+    rates = np.geomspace(1e-3, 0.1, 30) if sweep == "exponential" else np.linspace(1e-3, 0.1, 30)
+    np.testing.assert_allclose(result.lr, rates, rtol=1e-12)
+    losses = numpy_sweep(x, y, rates, beta)
+    np.testing.assert_allclose(result.loss, losses, rtol=2e-5)
+    weights = 0.8 ** np.arange(30)[::-1]
+    assert result.smoothed[-1] == pytest.approx((losses * weights).sum() / weights.sum(), rel=1e-5)
+    assert result.smoothed[0] == pytest.approx(losses[0], rel=1e-5)
+    assert result.accuracy is None and result.validation_loss is None and len(result.smoothed) == 30
+
+
+def test_clr_sweeps_at_the_momentum_of_its_high_rate():
+    x, y = RNG.normal(size=(2, 30, 5, 1)).astype("float32")
+    batches = list(zip(x, y))
+    options = dict(lr_bounds=(1e-3, 0.1), num_steps=30)
+    model = one_weight(CLR((0.1, 1.0), 3, momentum_bounds=(0.95, 0.6), step_function=lambda i, b, s: b[0] + 0 * i))
+    rates = np.geomspace(1e-3, 0.1, 30)
+    np.testing.assert_allclose(
+        lr_range_test(model, iter(batches), **options).loss, numpy_sweep(x, y, rates, 0.6), rtol=2e-5
+    )
+    result = lr_range_test(model, iter(batches), momentum=0.3, **options)
+    np.testing.assert_allclose(result.loss, numpy_sweep(x, y, rates, 0.3), rtol=2e-5)
+
+
+@pytest.mark.parametrize("beta, num_steps, stop_factor, smoothing", [(0.0, 400, 20, 0.5), (0.9, 2000, 100, 0.9)])
+def test_finds_the_limit_of_a_noisy_quadratic(beta, num_steps, stop_factor, smoothing):
+    curvature = 4.0
+    limit = 2 * (1 + beta) / curvature
+    targets = np.random.default_rng(1).normal(size=(num_steps, 8, 1)).astype("float32") * 0.1
+    model = one_weight(keras.optimizers.SGD(0.1, momentum=beta), curvature=curvature)
+    data = ((np.ones_like(t), t) for t in targets)
+    options = dict(num_steps=num_steps, sweep="linear", stop_factor=stop_factor, smoothing=smoothing)
+    result = lr_range_test(model, data, lr_bounds=(0.01 * limit, 2 * limit), **options)
+    assert result.diverged_at == pytest.approx(limit, rel=0.1)
+
+
+def test_accuracy_of_each_batch_and_sample_weights():
+    model = small()
+    weights = np.linspace(0, 2, 16).astype("float32")
+    batches = [(X[16 * i : 16 * i + 16], Y[16 * i : 16 * i + 16], weights) for i in range(10)]
+    result = lr_range_test(model, iter(batches), num_steps=10, lr_bounds=(1e-9, 1e-8))
+    for i, (x, y, _) in enumerate(batches):
+        prediction = model.predict(x, verbose=0)
+        assert result.accuracy[i] == pytest.approx(np.mean(prediction.argmax(axis=1) == y), rel=1e-5)
+        by_sample = keras.losses.sparse_categorical_crossentropy(y, prediction, from_logits=True)
+        assert result.loss[i] == pytest.approx(np.mean(ops.convert_to_numpy(by_sample) * weights), rel=1e-4)
+    assert len(set(result.accuracy)) > 3
+
+
+def test_layers_are_in_training_mode():
+    batches = [(X[:16], Y[:16])] * 16
+    options = dict(num_steps=16, lr_bounds=(1e-9, 1e-8))
+    assert len(set(lr_range_test(compiled(), iter(batches), **options).loss)) > 6  # dropout differs each time
+    model = compiled(model=network(dropout=0.0))
+    expected = float(loss_function()(Y[:16], model(X[:16], training=True)))
+    result = lr_range_test(model, iter(batches), validation_data=(X[:16], Y[:16]), **options)
+    np.testing.assert_allclose(result.loss, expected, rtol=1e-4)  # the statistics of the batch, not the moving ones
+    assert abs(result.validation_loss[0] / expected - 1) > 1e-3
+
+
+def test_losses_of_layers_count():
+    inputs = keras.Input((6,))
+    hidden = keras.layers.Dense(
+        4, kernel_regularizer=keras.regularizers.L2(0.1), activity_regularizer=keras.regularizers.L1(0.1)
+    )(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(3)(hidden))
+    model.compile(keras.optimizers.SGD(0.1), loss_function())
+    expected = model.evaluate(X[:16], Y[:16], batch_size=16, verbose=0)
+    result = lr_range_test(model, iter([(X[:16], Y[:16])] * 12), num_steps=12, lr_bounds=(1e-9, 1e-8))
+    np.testing.assert_allclose(result.loss, expected, rtol=1e-5)
+
+
+def test_validation_loss():
+    model = compiled()
+    result = lr_range_test(
+        model, X, Y, validation_data=(X[:50], Y[:50]), num_steps=64, batch_size=16, lr_bounds=(1e-9, 1e-8)
+    )
+    assert 1 <= len(result.validation_lr) == len(result.validation_loss) <= 20
+    assert set(result.validation_lr) <= set(result.lr)
+    plain = lr_range_test(model, X, Y, num_steps=64, batch_size=16, lr_bounds=(1e-9, 1e-8))
+    np.testing.assert_allclose(plain.loss, result.loss, rtol=1e-5)  # taking it changes nothing
+    # BatchNorm's statistics move even at no learning rate, so without them:
+    flat = one_weight(keras.optimizers.SGD(0.1))
+    x, y = RNG.normal(size=(2, 40, 1)).astype("float32")
+    result = lr_range_test(flat, x, y, validation_data=(x, y), num_steps=32, lr_bounds=(1e-9, 1e-8))
+    np.testing.assert_allclose(result.validation_loss, np.mean((x - y) ** 2) / 2, rtol=1e-4)
+
+
+# ---- kinds of data --------------------------------------------------------------------------------------
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.epochs_ended = 0
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return X[16 * i : 16 * i + 16], Y[16 * i : 16 * i + 16]
+
+    def on_epoch_end(self):
+        self.epochs_ended += 1
+
+
+def tf_dataset(batches=6):
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices((X[: 16 * batches], Y[: 16 * batches])).batch(16)
+
+
+def endless():
+    while True:
+        yield X[:16], Y[:16]
+
+
+KINDS = {
+    "arrays": lambda: (X, Y),
+    "short arrays": lambda: (X[:40], Y[:40]),
+    "less than a batch": lambda: (X[:7], Y[:7]),
+    "tensors": lambda: (ops.convert_to_tensor(X), ops.convert_to_tensor(Y)),
+    "doubles": lambda: (X.astype("float64"), Y),
+    "tf.data": lambda: (tf_dataset(),),
+    "endless tf.data": lambda: (tf_dataset().repeat(),),
+    "PyDataset": lambda: (Batches(),),
+    "generator": lambda: (endless(),),
+    "list of batches": lambda: (
+        type("Loader", (), {"__iter__": lambda self: iter([(X[:16], Y[:16]), (X[16:32], Y[16:32])])})(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_data_is_read_again_or_cut(kind):
+    data = KINDS[kind]()
+    result = lr_range_test(small(), *data, **QUICK)
+    assert len(result.loss) == len(result.lr) == len(result.accuracy) == 24 and np.isfinite(result.loss).all()
+    assert result.stopped == "It reached the end of the sweep." and result.diverged_at is None
+    if kind == "PyDataset":
+        assert data[0].epochs_ended == 0
+
+
+def test_a_generator_that_ends_ends_the_test():
+    result = lr_range_test(small(), ((X[:16], Y[:16]) for _ in range(13)), **QUICK)
+    assert result.stopped == "The data ended after 13 batches." and len(result.loss) == 13
+
+
+def test_several_inputs():
+    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    out = keras.layers.Dense(3)(keras.layers.Concatenate()([a, b]))
+    model = compiled(model=keras.Model([a, b], out))
+    assert len(lr_range_test(model, [X[:, :3], X[:, 3:]], Y, **QUICK).loss) == 24
+    model = compiled(model=keras.Model({"a": a, "b": b}, out))
+    assert len(lr_range_test(model, {"a": X[:, :3], "b": X[:, 3:]}, Y, **QUICK).loss) == 24
+
+
+def test_several_outputs():
+    a = keras.Input((6,))
+    model = keras.Model(a, [keras.layers.Dense(3, name="p")(a), keras.layers.Dense(3, name="q")(a)])
+    model.compile("sgd", [loss_function(), loss_function()], metrics=[["accuracy"], ["accuracy"]])
+    result = lr_range_test(model, X, [Y, Y], **QUICK)
+    assert len(result.loss) == 24 and result.accuracy is None
+
+
+def test_the_seed_decides_the_order():
+    model = small()
+    one, same, other = (lr_range_test(model, X, Y, seed=s, **QUICK).loss for s in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+
+
+# ---- optimizers and ways to compile ---------------------------------------------------------------------
+
+
+class Unsaveable(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return 0.1
+
+
+WAYS = {
+    "adamw": lambda: compiled(keras.optimizers.AdamW(0.01, weight_decay=0.1)),
+    "schedule": lambda: compiled(keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 50), momentum=0.9)),
+    "schedule without config": lambda: compiled(keras.optimizers.SGD(Unsaveable())),
+    "learning rate function": lambda: compiled(keras.optimizers.SGD(lambda: 0.1)),
+    "cyclical adam": lambda: compiled(keras.optimizers.Adam(clr_utils.CyclicalLR((1e-4, 1e-2), 5))),
+    "clipping, ema": lambda: compiled(keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=1.0, use_ema=True)),
+    "accumulation": lambda: compiled(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)),
+    "eager": lambda: compiled(run_eagerly=True),
+    "jit": lambda: compiled(jit_compile=BACKEND != "torch"),
+    "many per execution": lambda: compiled(steps_per_execution=20 if BACKEND != "torch" else 1),
+    "float16": lambda: compiled(
+        keras.optimizers.LossScaleOptimizer(CLR((0.01, 0.1), 5, 0.9)), network(dtype="mixed_float16")
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_compile(way):
+    model = WAYS[way]()
+    rate = model.optimizer._learning_rate
+    before = bits(model.variables)
+    result = lr_range_test(model, X, Y, **QUICK)
+    assert len(result.loss) == 24 and np.isfinite(result.loss).all() and len(set(result.loss)) > 20
+    assert result.lr[-1] == pytest.approx(1.0) and model.optimizer._learning_rate is rate
+    assert_same(before, bits(model.variables))
+
+
+def test_the_sweep_optimizer_has_the_settings_of_the_models():
+    model = compiled(keras.optimizers.AdamW(0.3, weight_decay=0.123, beta_1=0.7, clipnorm=2.0))
+    model.optimizer.exclude_from_weight_decay(var_names=["bias"])
+    made = clr_utils._sweep_optimizer(model.optimizer, clr_utils._Sweep(1e-3, 1.0, 10, "linear"), None)
+    assert (
+        type(made) is keras.optimizers.AdamW
+        and made.weight_decay == 0.123
+        and made.beta_1 == 0.7
+        and made.clipnorm == 2.0
+    )
+    assert made._use_weight_decay(model.layers[0].kernel) and not made._use_weight_decay(model.layers[0].bias)
+    clr = CLR((0.1, 1), 5, (0.9, 0.8), nesterov=True, weight_decay=0.01, gradient_accumulation_steps=3)
+    made = clr_utils._sweep_optimizer(clr, clr_utils._Sweep(1e-3, 1.0, 10, "linear"), None)
+    assert (made.momentum, made.nesterov, made.weight_decay, made.gradient_accumulation_steps) == (0.8, True, 0.01, 3)
+
+
+def test_updates_skipped_by_loss_scaling_do_not_move_the_rate():
+    huge = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=2.0**127)
+    model = one_weight(huge)
+    x, y = RNG.normal(size=(2, 40, 1)).astype("float32")
+    result = lr_range_test(model, 30 * x, y, num_steps=40, lr_bounds=(1e-9, 1e-7), batch_size=8)
+    skipped = int((np.diff(result.lr) == 0).sum())
+    assert skipped >= 1 and len(result.lr) == len(result.loss) == 40
+    assert result.lr[-1] == pytest.approx(np.geomspace(1e-9, 1e-7, 40)[39 - skipped])
+
+
+# ---- when it stops --------------------------------------------------------------------------------------
+
+
+def test_stops_at_once_on_a_loss_that_is_not_finite():
+    result = lr_range_test(small(), spoilt(), stop_factor=math.inf, **QUICK)
+    assert len(result.lr) == len(result.loss) == len(result.smoothed) == 9
+    assert result.diverged_at == pytest.approx(np.geomspace(1e-4, 1.0, 24)[9]) and np.isfinite(result.loss).all()
+
+
+def test_nan_from_the_start_is_said():
+    model = compiled()
+    before = bits(model.variables)
+    result = lr_range_test(model, X * math.nan, Y, **QUICK)
+    assert "very first update" in result.stopped and len(result.lr) == 0 and result.diverged_at is None
+    assert result.suggest().valley is None and "very first" in result.suggest().why
+    with pytest.raises(ValueError, match="very first"):
+        result.bounds()
+    assert_same(before, bits(model.variables))
+
+
+def test_stop_factor_by_hand():
+    # One weight, no training to speak of: the loss is what the targets make it.
+    losses = np.r_[np.full(15, 1.0), np.full(15, 3.0)]
+    targets = (1 + np.sqrt(2 * losses)).astype("float32")
+    data = [(np.ones((4, 1), "float32"), np.full((4, 1), t, "float32")) for t in targets]
+    options = dict(num_steps=30, lr_bounds=(1e-12, 1e-11), smoothing=0.5)
+    assert lr_range_test(one_weight("sgd"), iter(data), stop_factor=3.1, **options).diverged_at is None
+    result = lr_range_test(one_weight("sgd"), iter(data), stop_factor=2.4, **options)
+    # 3 - 2 / 2^k passes 2.4 first at k = 2: the second batch of the high ones
+    assert len(result.lr) == 17 and result.diverged_at == result.lr[16] and "update 16" in result.stopped
+
+
+# ---- suggestions ----------------------------------------------------------------------------------------
+
+
+def made_up(smoothed, num_steps=None, loss=None, **fields):
+    smoothed = np.asarray(smoothed, float)
+    num_steps = num_steps or len(smoothed)
+    fields = (
+        dict(
+            stopped="It reached the end of the sweep.",
+            diverged_at=None,
+            accuracy=None,
+            validation_lr=None,
+            validation_loss=None,
+        )
+        | fields
+    )
+    lr = np.geomspace(1e-5, 10, num_steps)[: len(smoothed)]
+    return RangeTest(
+        lr=lr, smoothed=smoothed, loss=smoothed if loss is None else np.asarray(loss, float), lr_bounds=(1e-5, 10.0),
+        num_steps=num_steps, sweep="exponential", smoothing=0.9, stop_factor=4.0, **fields,
+    )  # fmt: skip
+
+
+def test_suggestions_by_hand():
+    # 50 points: flat to 14, falls by 1 to 35 (steepest, by 3, at 20), rises to 45.
+    loss = np.r_[np.full(15, 50.0), 50 - np.arange(1, 22), 29 + 5 * np.arange(1, 15)].astype(float)
+    loss[21:36] -= 2
+    result = made_up(loss)
+    lr = result.lr
+    suggested = result.suggest()
+    # kept: 5..44. The falling run has 22 values (14..35), 30 at its end in the kept ones: start 30 - 22 = 8, + 7 + 3.
+    assert suggested.valley == lr[5 + 8 + 7 + 3]
+    assert suggested.steepest == lr[20]
+    assert suggested.minimum == pytest.approx(lr[35] / 10)
+    assert result.bounds() == (pytest.approx(lr[35] / 80), pytest.approx(lr[35] / 8))
+    low, high = result.bounds()
+    CLR((low, high), 10)
+    assert "still falling" not in suggested.why
+
+
+def test_bounds_come_from_the_last_rate_at_which_the_loss_is_still_low():
+    # 50 points: flat at 50 to 14, falls by 1 to 30 at 34, rises by 1 to 45. A quarter of the descent above 30 is 35.
+    loss = np.r_[np.full(15, 50.0), 50 - np.arange(1, 21), 30 + np.arange(1, 16)].astype(float)
+    result = made_up(loss)
+    assert result.bounds() == (pytest.approx(result.lr[39] / 80), pytest.approx(result.lr[39] / 8))
+
+
+def test_a_loss_that_never_breaks_gives_suggestions_but_no_bounds():
+    result = made_up(np.r_[np.full(15, 50.0), np.linspace(49, 30, 35)])
+    assert result.suggest().valley is not None and "no bounds" in result.summary()
+    with pytest.raises(ValueError, match=r"raise lr_bounds\[1\]"):
+        result.bounds()
+
+
+def test_longest_descent_against_brute_force():
+    from itertools import combinations
+
+    for seed in range(20):
+        values = np.random.default_rng(seed).integers(0, 9, 9)
+        best = max(
+            len(c) for n in range(1, 10) for c in combinations(values, n) if all(a > b for a, b in zip(c, c[1:]))
+        )
+        assert clr_utils._longest_descent(values)[1] == best
+
+
+def test_no_suggestion_without_points_or_descent():
+    noise = 1 + 0.1 * np.random.default_rng(0).normal(size=200)
+    for result, reason in (
+        (made_up(np.linspace(2, 1, 12)), "Too few points"),
+        (made_up(np.linspace(2, 1, 30), num_steps=300), "Too few points"),
+        (made_up(np.linspace(1, 2, 100)), "No descent"),
+        (made_up(np.ones(100)), "No descent"),
+        (made_up(clr_utils.smooth(noise, 0.9), loss=noise), "No descent"),
+    ):
+        suggested = result.suggest()
+        assert suggested[:3] == (None, None, None) and suggested.why.startswith(reason)
+        with pytest.raises(ValueError, match=reason):
+            result.bounds()
+        assert "No suggestion" in result.summary() and "\n" not in result.summary()
+
+
+def test_still_falling_at_the_end_is_said():
+    assert "still falling" in made_up(np.linspace(2, 1, 100)).suggest().why
+
+
+# ---- bad input ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(lr_bounds=(1.0, 0.1)), "lr_bounds=.*low < high"),
+        (dict(lr_bounds=(0.0, 0.1)), "lr_bounds=.*0 < low"),
+        (dict(lr_bounds=(-1, 0.1), sweep="linear"), "lr_bounds=.*0 <= low"),
+        (dict(lr_bounds=(0.1, math.inf)), "lr_bounds="),
+        (dict(lr_bounds=(math.nan, 0.1)), "lr_bounds="),
+        (dict(lr_bounds=0.1), "lr_bounds=0.1"),
+        (dict(num_steps=9), "num_steps=9"),
+        (dict(num_steps=20.5), "num_steps=20.5"),
+        (dict(sweep="cubic"), "sweep='cubic'"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(stop_factor=1), "stop_factor=1"),
+        (dict(smoothing=1.0), "smoothing=1.0"),
+        (dict(momentum=1.0), "momentum_bounds=1.0"),
+        (dict(x=X[:0], y=Y[:0]), "not a single batch"),
+        (dict(x=iter([]), y=None), "not a single batch"),
+        (dict(y=Y[:5]), "samples"),
+        (dict(x=iter([])), "leave y out"),
+        (dict(x=5, y=None), "give arrays"),
+        (dict(validation_data=iter([])), "read once"),
+    ],
+)
+def test_bad_input(options, message):
+    model = small()
+    before = bits(model.variables)
+    with pytest.raises((ValueError, TypeError), match=message):
+        lr_range_test(model, **(dict(x=X, y=Y) | options))
+    assert_same(before, bits(model.variables))
+
+
+def test_bad_models():
+    with pytest.raises(ValueError, match="not compiled"):
+        lr_range_test(network(), X, Y)
+    with pytest.raises(TypeError, match="compiled keras.Model"):
+        lr_range_test("model", X, Y)
+    with pytest.raises(ValueError, match="momentum=0.9: Adam"):
+        lr_range_test(compiled(keras.optimizers.Adam()), X, Y, momentum=0.9)
+
+    class Own(keras.Model):
+        def train_step(self, *args):
+            pass
+
+    model = Own()
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="train_step of its own"):
+        lr_range_test(model, X, Y)
+    frozen = compiled()
+    frozen.trainable = False
+    with pytest.raises(ValueError, match="no trainable"):
+        lr_range_test(frozen, X, Y)
+
+
+def test_a_mistake_in_the_shapes_comes_through():
+    with pytest.raises(Exception, match="(?i)shape|incompatible|dimension"):
+        lr_range_test(compiled(), X[:, :4], Y, **QUICK)
+
+
+# ---- plot -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plt():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    yield plt
+    plt.close("all")
+
+
+def test_plot(plt, capsys):
+    loss = np.r_[np.full(15, 50.0), 50 - np.arange(1, 22), 29 + 5 * np.arange(1, 15)].astype(float)
+    result = made_up(loss, diverged_at=9.0)
+    ax = plot_range_test(result, source="synthetic")
+    assert capsys.readouterr().out.strip() == result.summary() + ", synthetic data"
+    assert ax.get_xscale() == "log" and ax.get_xlabel() == "learning rate" and ax.get_ylabel()
+    names = ax.get_legend_handles_labels()[1]
+    low, high = result.bounds()
+    for name in (
+        "each update",
+        "smoothed",
+        f"valley: {result.suggest().valley:.3g}",
+        "steepest",
+        "minimum / 10",
+        f"bounds: {low:.3g} to {high:.3g}",
+        "diverged: 9",
+    ):
+        assert any(n.startswith(name) for n in names), name
+    assert [t.get_text() for t in ax.figure.texts] == ["SYNTHETIC DATA"]
+    ax.figure.canvas.draw()
+    assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1  # beside the data
+    result.sweep = "linear"
+    _, mine = plt.subplots()
+    assert plot_range_test(result, mine) is mine and mine.get_xscale() == "linear" and not mine.figure.texts
+
+
+def test_plot_of_nothing(plt, capsys):
+    ax = plot_range_test(made_up([], num_steps=50, stopped="The loss was nan."))
+    assert [t.get_text() for t in ax.texts] == ["The loss was nan."] and "No suggestion" in capsys.readouterr().out
+    with pytest.raises(TypeError, match="lr_range_test"):
+        plot_range_test(5)
