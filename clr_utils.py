@@ -5,12 +5,13 @@ Copy the file, or one section of it with the imports below; every section can be
     Schedules    triangular, triangular2, exp_range, cosine, one_cycle: pure functions of the update number
     Optimizer    CLR: SGD whose learning rate and momentum cycle inside the training graph
                  CyclicalLR: the same learning rates for Adam, AdamW and every other Keras optimizer
-    Data         load_mnist, load_cifar10: local copy, cache, download, or a labelled synthetic stand-in
-    Models       mnist_network: the small convolutional network of the series
+    Data         load_mnist, load_cifar10: local copy, cache, download, or a labelled synthetic stand-in; hold_out
+    Models       mnist_network: the small convolutional network of the series; rescaled: for raw images
     Training     LossPerUpdate: the loss of each update; profile, describe_machine
     Range test   lr_range_test: the learning rates that a model tolerates, found without leaving a trace in it
-    Experiments  run_experiment, read_results: one training a line in figures/results
-    Plots        plot_schedule, plot_training, plot_range_test, save_figure
+    Experiments  Run, run_experiment, read_results: one training a line in figures/results
+                 summarise, compare, results_table: what the lines say, with intervals
+    Plots        plot_schedule, plot_training, plot_range_test, plot_runs, plot_comparison, save_figure
 
 Words: an *update* (or *iteration*) is one step of the optimizer, counted from 0. *bounds* are the lowest and
 the highest learning rate, *momentum_bounds* the momentum at each of the two, and *steps* is the number of
@@ -31,7 +32,6 @@ import pathlib
 import pickle
 import platform
 import random
-import re
 import sys
 import tarfile
 import tempfile
@@ -39,6 +39,8 @@ import threading
 import time
 import urllib.request
 import warnings
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -538,6 +540,7 @@ class Dataset(NamedTuple):
     test: tuple
     source: str  # "mnist", "cifar10" or "synthetic": belongs on every figure and result
     origin: str  # the folder or address, for the reader
+    part: str = "test"  # what `test` is: the test set, or "validation", held out of the training set
 
 
 class _Files(NamedTuple):
@@ -588,6 +591,17 @@ def load_mnist(train_size=60000, test_size=10000):
 def load_cifar10(train_size=50000, test_size=10000):
     """CIFAR-10: colour images, uint8 (n, 32, 32, 3), and classes 0-9, uint8 (n, 1). The rest as in `load_mnist`."""
     return _load(_CIFAR10, synthetic_cifar10, train_size, test_size)
+
+
+def hold_out(dataset, size):
+    """The dataset with its last `size` training images in place of the test set: to choose settings by, not to report.
+
+    The training part is shorter by as many. The order of these data sets is random already.
+    """
+    (x, y), most = dataset.train, len(dataset.train[0]) - 1
+    if not isinstance(size, numbers.Integral) or not 1 <= size <= most:
+        raise ValueError(f"size={size!r}: of {most + 1:,} training images, 1 to {most:,} can be held out.")
+    return dataset._replace(train=(x[:-size], y[:-size]), test=(x[-size:], y[-size:]), part="validation")
 
 
 def _load(files, draw, train_size, test_size):
@@ -854,6 +868,11 @@ def mnist_network():
             keras.layers.Dense(10, activation="softmax"),
         ]
     )
+
+
+def rescaled(model):
+    """The sequential model with a layer in front that scales raw images, 0 to 255, to what it expects: 0 to 1."""
+    return keras.Sequential([keras.Input(model.input_shape[1:]), keras.layers.Rescaling(1 / 255), *model.layers])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1172,6 +1191,10 @@ class _Record(keras.metrics.Metric):
         here = ops.equal(ops.arange(self.num_steps, dtype="int32"), ops.convert_to_tensor(self.count))
         self.values.assign(ops.where(here, ops.expand_dims(new, 1), ops.convert_to_tensor(self.values)))
         self.count.assign(self.count + 1)
+
+    def clear(self):
+        self.count.assign(0)
+        self.values.assign(ops.zeros_like(self.values))
 
     def reset_state(self):
         """Keeps everything: evaluate() resets all metrics, and the validation loss is taken in mid-sweep."""
@@ -1641,67 +1664,442 @@ def _check_no_labels(x, y):
 # Experiments: each training is one line in figures/results/<experiment>.jsonl
 # ---------------------------------------------------------------------------------------------------------
 
+CURVE_POINTS = 100  # of a run's curve in its line: a hundred runs stay well below a megabyte
+PROCEDURE = 1  # part of every line's code: raise it with a change to `_train` that changes what it gives
 
-def run_experiment(
-    experiment, run, make_model, make_optimizer, data, *, source, seed, epochs=1, batch_size=32, **notes
-):
-    """Trains once from a seed and appends the result to the results file; a run that is there is not repeated.
 
-    experiment: name of the results file. run: name of the row, the same for all its seeds.
-    make_model, make_optimizer: functions without arguments, called after the seed is set: weights, data order and
-        dropout follow from it alone, so runs of one seed start alike and see the same batches.
-    data: (x_train, y_train, x_test, y_test), arrays ready for a softmax classifier with whole-number labels.
-    source: where they came from, as in `Dataset.source`.
-    notes: further items for the line, for example peak=0.1.
+class Run(NamedTuple):
+    """What is trained: one row of a table, the same for all its seeds.
 
-    Returns the line as a dict. Its `diverged` says that the last epoch's training loss was no better than guessing,
-    or not finite; its `code` is a hash of what decides the result: model, optimizer, data, epochs and batch size.
+    name: of the row. make_model: a function without arguments that builds a softmax classifier for raw images;
+    what prepares them (`keras.layers.Rescaling`) is part of the model, so that it is part of `code`.
+    make_optimizer: a function of the number of updates of the run. Both are called after the seed is set.
+    notes: further items for the line, for example {"peak": 0.1}.
     """
-    keras.utils.set_random_seed(seed)
-    model, optimizer = make_model(), make_optimizer()
-    configs = model.to_json(), json.dumps(optimizer.get_config())
-    configs = [re.sub(r'_\d+(?=["/])', "", config) for config in configs]  # without the numbers Keras gives to names
-    key = {
-        "experiment": experiment,
-        "run": run,
-        "profile": profile(),
-        "seed": seed,
-        "code": _hash_of(*configs, epochs, batch_size, *data),
-    }
+
+    name: str
+    make_model: Callable
+    make_optimizer: Callable
+    epochs: int = 1
+    batch_size: int = 32
+    notes: Mapping = MappingProxyType({})
+
+
+def run_experiment(experiment, runs, seeds, data, *, every_epoch=False):
+    """Trains every run from every seed and appends each result to the results file; what is there is not repeated.
+
+    experiment: name of the results file. runs: a list of Run, names all different. seeds: whole numbers.
+    data: a Dataset, labels whole numbers. Accuracy and loss are measured on its test part after the last epoch,
+        or with every_epoch after each.
+
+    Returns one line (a dict) for each run and seed, seeds outermost, which is also the order of training. Everything
+    follows from the seed and the run: weights, dropout, and the order of the data, which is the same for all runs of
+    one seed and size. So differences between runs can be paired. Keys of a line, besides those of Run and the data:
+
+    code: a hash of what decides the result (`code_of`). A line with another code is of something else: not taken.
+    test_accuracy, test_loss: after the last epoch. every_epoch: {"accuracy": [...], "loss": [...]} where asked for.
+    diverged_at: None, or the update at which the loss was not finite, or from which on it was no better than guessing.
+        Such a run keeps its place and its test_accuracy. One whose loss is not finite is stopped after that epoch.
+    curve: "update", "loss", "learning_rate", "momentum" (null for Adam), thinned to at most CURVE_POINTS: each loss
+        is the mean over the updates up to the next point.
+    seconds: of training, compilation included, evaluation not.
+
+    A run is one write to the end of the file, under a lock: an interrupted call goes on where it stopped, and two
+    processes may share a file. Raises TypeError or ValueError for arguments outside these limits.
+    """
+    runs, seeds = _checked_runs(runs), _checked_seeds(seeds)
     path = _results_file(_output_folder(), experiment)
+    keys = {
+        (run.name, seed): {
+            "experiment": experiment,
+            "run": run.name,
+            "profile": profile(),
+            "seed": seed,
+            "data": data.source,
+            "code": code,
+        }
+        for run, code in [(run, code_of(run, *_sizes_of(data), data.part)) for run in runs]
+        for seed in seeds
+    }
+    done = {}
     for line in _lines_of(path):
-        if key.items() <= line.items():
-            return line
-    x_train, y_train, x_test, y_test = data
-    updates = -(-len(x_train) // batch_size)
-    together = 1 if keras.backend.backend() == "torch" else min(100, updates)  # torch takes one update at a time
-    start = time.monotonic()
-    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], steps_per_execution=together)
-    loss = model.fit(x_train, y_train, batch_size=batch_size, epochs=epochs, verbose=0).history["loss"][-1]
-    test_loss, test_accuracy = model.evaluate(x_test, y_test, batch_size=500, verbose=0)
-    line = {
-        **key,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "train_size": len(x_train),
-        "updates": updates * epochs,
-        "test_accuracy": round(float(test_accuracy), 5),
-        "test_loss": round(float(test_loss), 6) if math.isfinite(test_loss) else None,
-        "diverged": not loss < math.log(model.output_shape[-1]),
-        "seconds": round(time.monotonic() - start, 1),
+        name = (line["run"], line["seed"])
+        if name in keys and keys[name].items() <= line.items():
+            done.setdefault(name, line)
+    if done:
+        print(f"{experiment}: {len(done)} of {len(keys)} runs are there already")
+    start, trained = time.monotonic(), 0
+    for (seed, run), number in zip(itertools.product(seeds, runs), itertools.count(1)):
+        if (run.name, seed) in done:
+            continue
+        line = {**keys[run.name, seed], **_train(run, seed, data, every_epoch), **run.notes}
+        _append_line(path, line)
+        done[run.name, seed] = line
+        trained += 1
+        left = (len(keys) - len(done)) * (time.monotonic() - start) / trained
+        text = f"{number}/{len(keys)}  {run.name}, seed {seed}: {100 * line['test_accuracy']:.2f}%"
+        text += "" if line["diverged_at"] is None else f", diverged at update {line['diverged_at']}"
+        print(f"{text}, {line['seconds']:.1f} s" + (f", {_duration(left)} left" if left else ""), flush=True)
+    return [done[run.name, seed] for seed in seeds for run in runs]
+
+
+def code_of(run, train_size, test_size, part="test"):
+    """A hash of what decides the result of a run: model, optimizer, epochs, batch size, and the data but their pixels.
+
+    The same under every backend and version of Keras: made from the configurations without names and default values.
+    """
+    model = run.make_model()
+    optimizer = run.make_optimizer(_updates_of(run, train_size))
+    names = {layer.name: f"layer {n}" for n, layer in enumerate(model._flatten_layers())}
+    what = [
+        PROCEDURE,
+        _described(json.loads(model.to_json()), names),
+        _described(keras.saving.serialize_keras_object(optimizer), {}),
+        [run.epochs, run.batch_size, train_size, test_size, part],
+    ]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_results(experiment, runs=None, train_size=None, test_size=10000, part="test"):
+    """The lines of an experiment as dicts: those recorded beside this module, and those of this run of the notebook.
+
+    runs, train_size, test_size, part: only lines whose `code` is that of one of the runs on data of these sizes, so
+        that no line of an earlier version of a run is mistaken for it. A run on one seed is given once.
+    """
+    folders = {pathlib.Path(__file__).resolve().parent, _output_folder().resolve()}
+    lines = [line for folder in sorted(folders) for line in _lines_of(_results_file(folder, experiment))]
+    if runs is not None:
+        codes = {(run.name, code_of(run, train_size, test_size, part)) for run in _checked_runs(runs)}
+        lines = [line for line in lines if (line["run"], line["code"]) in codes]
+    kept = {tuple(line[key] for key in ("run", "profile", "seed", "data", "code")): line for line in reversed(lines)}
+    return list(reversed(kept.values()))
+
+
+class Summary(NamedTuple):
+    """The test accuracies of one row over its seeds, in percent.
+
+    low, high: the 95% interval of the mean by Student's t, which takes the seeds for a sample of normally distributed
+    results; nan for n = 1. diverged: how many of the n did; they count in all the rest. seconds: mean of training.
+    """
+
+    run: str
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+    diverged: int
+    seconds: float
+
+
+class Comparison(NamedTuple):
+    """The difference in test accuracy of two rows over the seeds that both have, in percentage points.
+
+    low, high: the 95% interval of the mean of the paired differences by Student's t.
+    """
+
+    first: str
+    second: str
+    n: int
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def apart(self):
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self):
+        verdict = "told apart" if self.apart else "cannot be told apart"
+        return (
+            f"{self.first} minus {self.second}: {self.difference:+.2f} points (95% interval {self.low:+.2f} to "
+            f"{self.high:+.2f}, {self.n} seeds paired): {verdict}"
+        )
+
+
+class Table(NamedTuple):
+    """Texts in rows under a head: shown as Markdown in a notebook, and `markdown()` for a file."""
+
+    head: tuple
+    rows: list
+
+    def markdown(self):
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+    _repr_markdown_ = markdown
+
+    def __str__(self):
+        widths = [max(map(len, column)) for column in zip(self.head, *self.rows)]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in (self.head, *self.rows)
+        )
+
+    __repr__ = __str__
+
+
+def summarise(lines):
+    """A list of Summary, one for each row of the lines of an experiment, in the order in which they first appear."""
+    summaries = []
+    for run, by_seed in _by_run(lines).items():
+        accuracy = [100 * line["test_accuracy"] for line in by_seed.values()]
+        mean, low, high = _mean_and_interval(accuracy)
+        summaries.append(
+            Summary(
+                run,
+                len(accuracy),
+                mean,
+                float(np.std(accuracy, ddof=1)) if len(accuracy) > 1 else math.nan,
+                low,
+                high,
+                sum(line["diverged_at"] is not None for line in by_seed.values()),
+                float(np.mean([line["seconds"] for line in by_seed.values()])),
+            )
+        )
+    return summaries
+
+
+def results_table(lines):
+    """The Table of `summarise`: what each row is, n, mean and sd, interval, diverged runs and seconds."""
+    head = ("run", "data", "epochs", "n", "test accuracy (%), mean ± sd", "95% interval (t)", "diverged", "seconds")
+    rows, by_run = [], _by_run(lines)
+    for row in summarise(lines):
+        line = next(iter(by_run[row.run].values()))
+        spread = "" if row.n == 1 else f" ± {row.sd:.2f}"
+        interval = "" if row.n == 1 else f"{row.low:.2f} to {row.high:.2f}"
+        numbers_ = (str(line["epochs"]), str(row.n), f"{row.mean:.2f}{spread}", interval)
+        rows.append((row.run, line["data"], *numbers_, str(row.diverged), f"{row.seconds:.0f}"))
+    return Table(head, rows)
+
+
+def compare(lines, first, second):
+    """The Comparison of two rows of an experiment by name, paired by seed. At least two seeds in common."""
+    by_run = _by_run(lines)
+    for name in (first, second):
+        if name not in by_run:
+            raise ValueError(f"{name!r} is not among the rows: {', '.join(by_run)}.")
+    seeds = [seed for seed in by_run[first] if seed in by_run[second]]
+    if len(seeds) < 2:
+        raise ValueError(f"{first!r} and {second!r} have {len(seeds)} seeds in common: a comparison needs at least 2.")
+    accuracy = [np.array([100 * by_run[name][seed]["test_accuracy"] for seed in seeds]) for name in (first, second)]
+    return Comparison(first, second, len(seeds), *_mean_and_interval(accuracy[0] - accuracy[1]))
+
+
+def _by_run(lines):
+    """{run: {seed: line}}; ValueError where a mean over them would mix what does not belong together."""
+    by_run = {}
+    for line in lines:
+        by_seed = by_run.setdefault(line["run"], {})
+        if line["seed"] in by_seed:
+            raise ValueError(f"{line['run']!r} has two lines with seed {line['seed']}: choose a profile or code first.")
+        by_seed[line["seed"]] = line
+    if len(sources := {line["data"] for line in lines}) > 1:
+        raise ValueError(f"The lines are of {' and '.join(sorted(sources))} data: summarise each on its own.")
+    for run, by_seed in by_run.items():
+        if len({line["code"] for line in by_seed.values()}) > 1:
+            raise ValueError(f"{run!r} has lines of different code: choose with `read_results(..., runs=...)`.")
+    return by_run
+
+
+def _mean_and_interval(values):
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return mean, math.nan, math.nan
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return mean, mean - half, mean + half
+
+
+class _Recorded(keras.Model):
+    """A model that keeps the loss of each update of an epoch in the graph: callbacks see one update in many."""
+
+    def __init__(self, inputs, outputs, updates):
+        super().__init__(inputs, outputs, name="recorded")
+        self.record = _Record(updates)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+        if training:
+            self.record.update_state(loss, math.nan)
+        return loss
+
+
+def _train(run, seed, data, every_epoch):
+    """One training, as the items of its line that are results."""
+    keras.utils.set_random_seed(seed)
+    train_size = len(data.train[0])
+    updates = _updates_of(run, train_size)
+    model, optimizer = run.make_model(), run.make_optimizer(updates)
+    per_epoch = updates // run.epochs
+    model = _Recorded(model.inputs[0], model.outputs[0], per_epoch)
+    # Many updates per call take Python out of the loop; torch has no such thing. At least some calls an epoch, since
+    # TensorFlow warns of functions that are recorded more often than run.
+    together = 1 if keras.backend.backend() == "torch" else max(1, min(100, per_epoch // 8))
+    model.compile(optimizer, "sparse_categorical_crossentropy", steps_per_execution=together)
+    order = np.random.default_rng(seed)
+    batches = _batches_in_graph if keras.backend.backend() == "tensorflow" else _batches_in_numpy
+    seconds, losses, evaluations = 0.0, [], []
+    for epoch in range(run.epochs):
+        start = time.monotonic()
+        model.record.clear()
+        shuffled = batches(*data.train, order.permutation(train_size), run.batch_size)
+        model.fit(shuffled, steps_per_epoch=per_epoch, shuffle=False, verbose=0)
+        losses.append(ops.convert_to_numpy(ops.convert_to_tensor(model.record.values))[0])
+        seconds += time.monotonic() - start
+        last = epoch == run.epochs - 1 or not np.isfinite(losses[-1]).all()
+        if every_epoch or last:
+            evaluations.append(_loss_and_accuracy(model, *data.test))
+        if last:
+            break
+    loss = np.concatenate(losses).astype(float)
+    test_loss, test_accuracy = ([_rounded_number(v, 6) for v in values] for values in zip(*evaluations))
+    return {
+        "epochs": run.epochs,
+        "batch_size": run.batch_size,
+        "train_size": train_size,
+        "updates": updates,
+        "test_accuracy": test_accuracy[-1],
+        "test_loss": test_loss[-1],
+        **({"every_epoch": {"accuracy": test_accuracy, "loss": test_loss}} if every_epoch else {}),
+        "diverged_at": _diverged_at(loss, math.log(model.output_shape[-1])),
+        "curve": _curve(loss, optimizer),
+        "seconds": round(seconds, 2),
         "hardware": describe_machine(),
         "backend": keras.backend.backend(),
-        "data": source,
-        **notes,
     }
-    _append_line(path, line)
-    return line
 
 
-def read_results(experiment):
-    """All lines of an experiment as dicts: those recorded beside this module, and those of this run."""
-    folders = {pathlib.Path(__file__).resolve().parent, _output_folder().resolve()}
-    return [line for folder in sorted(folders) for line in _lines_of(_results_file(folder, experiment))]
+def _batches_in_graph(images, labels, order, batch_size):
+    """The data in an order, as a tf.data pipeline that gathers batches from memory, ahead of the training."""
+    import tensorflow as tf
+
+    images, labels = tf.constant(images), tf.constant(labels)
+
+    def batch(chosen):
+        return tf.cast(tf.gather(images, chosen), tf.float32), tf.gather(labels, chosen)
+
+    return tf.data.Dataset.from_tensor_slices(order).batch(batch_size).map(batch).prefetch(8)
+
+
+def _batches_in_numpy(images, labels, order, batch_size):
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        yield images[chosen].astype("float32"), labels[chosen]
+
+
+def _loss_and_accuracy(model, images, labels):
+    """Mean cross-entropy and accuracy. Not by `evaluate`, whose function would have to be traced for each run."""
+    labels, blocks = labels.reshape(-1), range(0, len(labels), 500)
+    outputs = [ops.convert_to_numpy(model(images[i : i + 500].astype("float32"), training=False)) for i in blocks]
+    probabilities = np.concatenate(outputs).astype(float)
+    chosen = probabilities[np.arange(len(labels)), labels]
+    return -np.log(np.clip(chosen, 1e-7, None)).mean(), (probabilities.argmax(axis=1) == labels).mean()
+
+
+def _diverged_at(loss, guessing):
+    """The update at which a training diverged, or None: the first loss that is not finite, or the last that was good.
+
+    No better than guessing: the mean of the last twentieth of the losses is above 95% of log(classes). The last good
+    one is read off the smoothed losses, so it may be a dozen updates late.
+    """
+    broken = np.flatnonzero(~np.isfinite(loss))
+    if len(broken):
+        return int(broken[0])
+    level = 0.95 * guessing
+    if loss[-max(1, len(loss) // 20) :].mean() <= level:
+        return None
+    good = np.flatnonzero(smooth(loss, 0.9) <= level)
+    return int(good[-1]) + 1 if len(good) else 0
+
+
+def _curve(loss, optimizer):
+    starts = np.unique(np.linspace(0, len(loss), min(CURVE_POINTS, len(loss)), endpoint=False).astype(int))
+    means = [part.mean() for part in np.split(loss, starts[1:])]
+    momentum = _momentum_at(optimizer, starts)
+    return {
+        "update": starts.tolist(),
+        "loss": [_rounded_number(v, 4) for v in means],
+        "learning_rate": [float(f"{v:.4g}") for v in _learning_rate_at(optimizer, starts)],
+        "momentum": None if momentum is None else [round(float(v), 4) for v in momentum],
+    }
+
+
+def _learning_rate_at(optimizer, iterations):
+    """The learning rate at each of the updates, for any Keras optimizer whose rate follows from the update alone."""
+    held = optimizer._learning_rate
+    if isinstance(held, CyclicalLR):
+        return held.at(iterations)
+    if isinstance(held, keras.optimizers.schedules.LearningRateSchedule):
+        return [float(ops.convert_to_numpy(held(int(i)))) for i in iterations]
+    return np.full(len(iterations), current_values(optimizer)[0])
+
+
+def _momentum_at(optimizer, iterations):
+    if isinstance(optimizer, CLR):
+        return optimizer.momentum_at(iterations)
+    momentum = current_values(optimizer)[1]
+    return None if momentum is None else np.full(len(iterations), momentum)
+
+
+def _described(config, names):
+    """A configuration without what differs between versions of Keras or between two calls: names, defaults of None."""
+    if isinstance(config, dict):
+        dropped = {"module", "registered_name", "build_config", "keras_version", "backend"}
+        if "Policy" not in str(config.get("class_name")):
+            config = {**config, "config": _without_name(config["config"])} if "config" in config else config
+        return {
+            key: _described(value, names)
+            for key, value in config.items()
+            if key not in dropped and value is not None and value is not False
+        }
+    if isinstance(config, (list, tuple)):
+        return [_described(value, names) for value in config]
+    return names.get(config, config) if isinstance(config, str) else config
+
+
+def _without_name(config):
+    return {key: value for key, value in config.items() if key != "name"} if isinstance(config, dict) else config
+
+
+def _updates_of(run, train_size):
+    return run.epochs * -(-train_size // run.batch_size)
+
+
+def _sizes_of(data):
+    return len(data.train[0]), len(data.test[0])
+
+
+def _rounded_number(value, digits):
+    return round(float(value), digits) if math.isfinite(value) else None
+
+
+def _duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d} minutes" if minutes else f"{seconds} s"
+
+
+def _checked_runs(runs):
+    runs = list(runs)
+    if not runs or not all(isinstance(run, Run) for run in runs):
+        raise TypeError(f"runs={runs!r}: give a list of Run(name, make_model, make_optimizer), at least one.")
+    if len({run.name for run in runs}) < len(runs):
+        raise ValueError(f"runs named {[run.name for run in runs]}: give each a name of its own.")
+    for run in runs:
+        for what in ("epochs", "batch_size"):
+            value = getattr(run, what)
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{run.name}: {what}={value!r}, give a whole number of at least 1.")
+    return runs
+
+
+def _checked_seeds(seeds):
+    seeds = list(seeds)
+    whole = all(isinstance(seed, numbers.Integral) and 0 <= seed < 2**32 for seed in seeds)
+    if not seeds or not whole or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds!r}: give different whole numbers from 0, at least one.")
+    return [int(seed) for seed in seeds]
 
 
 def _results_file(folder, experiment):
@@ -1718,6 +2116,10 @@ def _append_line(path, line):
     """Adds a line in one write to the end of the file, behind the remains of one that was cut off, if any."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+", buffering=0) as file:
+        with contextlib.suppress(ImportError):  # Windows has no flock: there, one process at a time
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         file.seek(0, os.SEEK_END)
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -1726,13 +2128,6 @@ def _append_line(path, line):
             whole = True
         file.write((b"" if whole else b"\n") + json.dumps(line).encode() + b"\n")
         os.fsync(file.fileno())
-
-
-def _hash_of(*parts):
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
-    return digest.hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1904,6 +2299,95 @@ def plot_range_test(result, ax=None, *, source=None):
         mark_synthetic(ax.figure)
     print(result.summary() + (f", {source} data" if source else ""))
     return ax
+
+
+def plot_runs(lines, *, smoothing=0.0, axes=None):
+    """Draws learning rate, momentum and training loss of an experiment's lines on one shared x axis.
+
+    lines: of `run_experiment`, at most seven rows, each in its own colour: every seed a thin line, their mean a thick
+        one. Losses are those of the thinned curves; smoothing as in `smooth`, over their points.
+    axes: three axes to draw into. Returns them. Prints a one-line summary.
+    """
+    by_run = _drawable(lines)
+    axes = new_axes(rows=3, height=6.4, heights=(1, 1, 2.2)) if axes is None else axes
+    for n, (name, by_seed) in enumerate(by_run.items()):
+        style = {"color": COLOURS[n], "linestyle": DASHES[n]}
+        curve = next(iter(by_seed.values()))["curve"]
+        axes[0].plot(curve["update"], curve["learning_rate"], **style)
+        if curve["momentum"] is not None:
+            axes[1].plot(curve["update"], curve["momentum"], **style)
+        losses = [np.array([math.nan if v is None else v for v in r["curve"]["loss"]]) for r in by_seed.values()]
+        for loss in losses:
+            axes[2].plot(curve["update"], smooth(loss, smoothing), color=COLOURS[n], linewidth=0.5, alpha=0.35)
+        mean = smooth(np.mean(losses, axis=0), smoothing)
+        axes[2].plot(curve["update"], mean, **style, linewidth=1.8, label=name)
+    axes[0].set_ylabel("learning rate")
+    axes[1].set_ylabel("momentum")
+    axes[2].set(xlabel="update", ylabel="training loss\n(cross-entropy)", yscale="log")
+    title = f"mean of {len(losses)} seeds" if len(losses) > 1 else None
+    axes[2].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, title=title)
+    if lines[0]["data"] == "synthetic":
+        mark_synthetic(axes[0].figure)
+    ends = ", ".join(
+        f"{name} {np.mean([r['curve']['loss'][-1] or math.nan for r in by_run[name].values()]):.3g}" for name in by_run
+    )
+    print(f"{len(lines)} runs on {lines[0]['data']} data; mean loss over the last updates: {ends}")
+    return axes
+
+
+def plot_comparison(lines, live=(), *, xlim=None, ax=None):
+    """Draws the test accuracies of an experiment's rows: every seed a point, the mean with its 95% interval beside it.
+
+    lines: of `run_experiment`, one row of the picture for each name. live: further lines, marked as of this session.
+    xlim: limits of the accuracy in percent; points beyond are counted at the edge of their row.
+    Returns the axes. Prints a one-line summary.
+    """
+    by_run = _drawable(lines, most=math.inf)
+    ax = new_axes(height=1.1 + 0.45 * len(by_run))[0] if ax is None else ax
+    summaries = summarise(lines)
+    for y, row in enumerate(summaries):
+        points = [100 * line["test_accuracy"] for line in by_run[row.run].values()]
+        ax.plot(points, np.full(len(points), y + 0.16), "o", color=COLOURS[0], alpha=0.45, markersize=4, zorder=2)
+        bars = None if row.n == 1 else [[row.mean - row.low], [row.high - row.mean]]
+        ax.errorbar(row.mean, y - 0.12, xerr=bars, fmt="D", color=COLOURS[1], markersize=5, capsize=3, zorder=3)
+        here = [100 * line["test_accuracy"] for line in live if line["run"] == row.run]
+        ax.plot(here, np.full(len(here), y + 0.16), "x", color="black", markersize=6, zorder=4)
+        outside = 0 if xlim is None else sum(not xlim[0] <= point <= xlim[1] for point in points)
+        if outside:
+            ax.annotate(
+                f"{outside} of {row.n} further left",
+                (0.01, y + 0.16),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=8,
+            )
+    handles = [
+        ax.plot([], [], "o", color=COLOURS[0], alpha=0.45, markersize=4, label="one seed")[0],
+        ax.errorbar([], [], xerr=[], fmt="D", color=COLOURS[1], markersize=5, capsize=3, label="mean, 95% interval"),
+    ]
+    if live:
+        handles.append(ax.plot([], [], "x", color="black", markersize=6, label="this session")[0])
+    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False)
+    ax.set(
+        yticks=range(len(summaries)), yticklabels=[row.run for row in summaries], xlabel="test accuracy (%)", xlim=xlim
+    )
+    ax.set_ylim(len(summaries) - 0.5, -0.5)
+    sources = {line["data"] for line in [*lines, *live]}
+    if "synthetic" in sources:
+        mark_synthetic(ax.figure)
+    best = max(summaries, key=lambda row: row.mean)
+    print(
+        f"{len(lines)} runs in {len(by_run)} rows ({' and '.join(sorted(sources))} data); highest mean: {best.run}, "
+        f"{best.mean:.2f}%"
+    )
+    return ax
+
+
+def _drawable(lines, most=None):
+    by_run, most = _by_run(lines), most or len(COLOURS)
+    if not 1 <= len(by_run) <= most:
+        raise ValueError(f"lines hold {len(by_run)} rows: 1 to {most} can be drawn in one picture.")
+    return by_run
 
 
 def mark_synthetic(figure):

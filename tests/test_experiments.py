@@ -1,29 +1,42 @@
-"""run_experiment and its results file."""
+"""run_experiment and its results file, and what is made of the lines: summaries, comparisons, tables."""
 
 import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import clr_utils  # isort: skip  # imports Keras, so it comes first
 import keras
 import numpy as np
 import pytest
 
+from clr_utils import CLR, Dataset, Run
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 rng = np.random.default_rng(0)
-X = rng.normal(size=(96, 4)).astype("float32")
-Y = (X[:, 0] > 0).astype("uint8")
-DATA = (X[:64], Y[:64], X[64:], Y[64:])
+X = rng.integers(0, 256, (96, 4)).astype("uint8")
+Y = (X[:, 0] > 127).astype("uint8")
+DATA = Dataset((X[:64], Y[:64]), (X[64:], Y[64:]), "mnist", "made here")
 
 
 def network(units=8):
     layers = [keras.layers.Dense(units, activation="relu"), keras.layers.Dropout(0.2), keras.layers.Dense(2, "softmax")]
-    return keras.Sequential([keras.Input((4,)), *layers])
+    return keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 255), *layers])
 
 
-def sgd(learning_rate=0.1):
+def sgd(updates, learning_rate=0.1):
     return keras.optimizers.SGD(learning_rate, momentum=0.9)
 
 
-def run(seed=0, make_model=network, make_optimizer=sgd, data=DATA, **options):
-    return clr_utils.run_experiment("t", "row", make_model, make_optimizer, data, source="mnist", seed=seed, **options)
+ROW = Run("row", network, sgd, batch_size=16)
+
+
+def train(*runs, seeds=(0,), data=DATA, **options):
+    return clr_utils.run_experiment("t", runs or [ROW], seeds, data, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -36,89 +49,386 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
+def results_of(line):
+    return {key: line[key] for key in ("test_accuracy", "test_loss", "curve", "diverged_at", "code")}
+
+
+# ---- a line
+
+
 def test_a_line_says_what_ran_and_how_it_ended(results_file):
-    line = run(epochs=2, batch_size=16, peak=0.1)
+    (line,) = train(ROW._replace(epochs=2, notes={"peak": 0.1}))
     assert lines(results_file) == [line]
     assert (line["experiment"], line["run"], line["profile"], line["seed"]) == ("t", "row", "smoke", 0)
     assert (line["epochs"], line["batch_size"], line["train_size"], line["updates"]) == (2, 16, 64, 8)
-    assert line["data"] == "mnist" and line["peak"] == 0.1 and line["diverged"] is False
+    assert line["data"] == "mnist" and line["peak"] == 0.1 and "diverged_at" in line
     assert 0 <= line["test_accuracy"] <= 1 and line["test_loss"] > 0 and line["seconds"] > 0
     assert keras.__version__ in line["hardware"] and line["backend"] == keras.backend.backend()
 
 
-def test_a_finished_run_is_not_repeated_and_everything_follows_from_the_seed(results_file):
-    first, other = run(), run(seed=1)
-    assert run() == first and len(lines(results_file)) == 2
+def test_accuracy_and_loss_are_those_of_the_trained_model_on_the_test_part():
+    def constant():  # says class 1 with probability 0.75, whatever comes in
+        start = {"kernel_initializer": "zeros", "bias_initializer": keras.initializers.Constant([0.0, math.log(3)])}
+        return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, "softmax", **start)])
+
+    (line,) = train(Run("row", constant, lambda updates: sgd(updates, 0.0)))
+    ones = (DATA.test[1] == 1).mean()
+    assert line["test_accuracy"] == pytest.approx(ones)
+    assert line["test_loss"] == pytest.approx(-ones * math.log(0.75) - (1 - ones) * math.log(0.25), abs=1e-5)
+
+
+def test_every_epoch_keeps_the_accuracy_after_each():
+    (line,) = train(ROW._replace(epochs=3), every_epoch=True)
+    after = line["every_epoch"]
+    assert len(after["accuracy"]) == len(after["loss"]) == 3
+    assert (after["accuracy"][-1], after["loss"][-1]) == (line["test_accuracy"], line["test_loss"])
+    assert len(set(after["loss"])) == 3
+
+
+def test_the_curve_is_the_loss_of_every_update_with_its_learning_rate_and_momentum():
+    # At learning rate 0 the loss of each batch follows from the initial weights and the stated order alone.
+    def model():
+        layers = [keras.layers.Rescaling(1 / 255), keras.layers.Dense(8, "relu"), keras.layers.Dense(2, "softmax")]
+        return keras.Sequential([keras.Input((4,)), *layers])
+
+    run = Run("row", model, lambda updates: CLR((0, 0), 3, (0.95, 0.85)), epochs=2, batch_size=10)
+    (line,) = train(run, seeds=(5,))
+    keras.utils.set_random_seed(5)
+    built, order, expected = model(), np.random.default_rng(5), []
+    for _ in range(2):
+        chosen = order.permutation(64)
+        for start in range(0, 64, 10):
+            batch = chosen[start : start + 10]
+            p = keras.ops.convert_to_numpy(built(X[batch].astype("float32")))
+            expected.append(-np.log(p[np.arange(len(batch)), Y[batch]]).mean())
+    curve = line["curve"]
+    np.testing.assert_allclose(curve["loss"], expected, atol=6e-5)
+    assert curve["update"] == list(range(14))
+
+
+@pytest.mark.parametrize(
+    "make, rates, momenta",
+    [
+        (lambda updates: CLR((0.01, 0.04), 3, (0.9, 0.6)), [0.01, 0.02, 0.03, 0.04], [0.9, 0.8, 0.7, 0.6]),
+        (lambda updates: keras.optimizers.SGD(0.1, momentum=0.5), [0.1] * 4, [0.5] * 4),
+        (lambda updates: keras.optimizers.Adam(clr_utils.CyclicalLR((0.1, 0.4), 3)), [0.1, 0.2, 0.3, 0.4], None),
+        (
+            lambda updates: keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.8, 1, 0.5)),
+            [0.8, 0.4, 0.2, 0.1],
+            None,
+        ),
+    ],
+)
+def test_the_curve_has_the_learning_rate_and_momentum_of_any_optimizer(make, rates, momenta):
+    (line,) = train(Run("row", network, make, batch_size=16))
+    assert line["curve"]["learning_rate"] == pytest.approx(rates, rel=1e-3)
+    assert line["curve"]["momentum"] == (None if momenta is None else pytest.approx(momenta))
+
+
+def test_a_long_curve_is_thinned_to_means():
+    loss = np.arange(1050.0)
+    curve = clr_utils._curve(loss, sgd(1050))
+    assert len(curve["update"]) == len(curve["loss"]) == clr_utils.CURVE_POINTS == 100
+    assert curve["update"][:3] == [0, 10, 21] and curve["loss"][:2] == [4.5, 15.0]
+    assert curve["loss"][-1] == np.mean(loss[curve["update"][-1] :])
+
+
+# ---- what follows from what
+
+
+def test_everything_follows_from_the_seed(results_file):
+    first, other = train(seeds=(0, 1))
     results_file.unlink()
-    again = run()
-    assert (again["test_accuracy"], again["test_loss"], again["code"]) == (
-        first["test_accuracy"],
-        first["test_loss"],
-        first["code"],
-    )
+    (again,) = train()
+    assert results_of(again) == results_of(first)
     assert other["test_loss"] != first["test_loss"] and other["code"] == first["code"]
+
+
+def test_weights_data_order_and_dropout_are_the_same_for_every_optimizer():
+    # At learning rate 0 nothing else is left to decide the losses.
+    still = [
+        ROW._replace(name="sgd", make_optimizer=lambda updates: sgd(updates, 0.0)),
+        ROW._replace(name="adam", make_optimizer=lambda updates: keras.optimizers.Adam(0.0)),
+        ROW._replace(name="clr", make_optimizer=lambda updates: CLR((0.0, 0.0), 3, (0.95, 0.85))),
+    ]
+    trained = train(*[run._replace(epochs=2) for run in still])
+    assert trained[0]["curve"]["loss"] == trained[1]["curve"]["loss"] == trained[2]["curve"]["loss"]
+    assert len(set(trained[0]["curve"]["loss"])) == 8  # epochs differ in order and dropout
+
+
+def test_the_optimizer_is_made_for_the_number_of_updates():
+    asked = []
+    train(ROW._replace(epochs=3, batch_size=10, make_optimizer=lambda updates: asked.append(updates) or sgd(updates)))
+    assert set(asked) == {21}
+
+
+def test_a_finished_run_is_not_repeated(results_file, capsys):
+    first = train(seeds=(0, 1))
+    assert train(seeds=(0, 1)) == first and len(lines(results_file)) == 2
+    assert "2 of 2 runs are there already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "change",
     [
         dict(make_model=lambda: network(9)),
-        dict(make_optimizer=lambda: sgd(0.2)),
-        dict(data=(X[:64] * 2, *DATA[1:])),
+        dict(make_optimizer=lambda updates: sgd(updates, 0.2)),
+        dict(make_optimizer=lambda updates: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)),
+        dict(make_optimizer=lambda updates: CLR((0.1, 0.1), 3, 0.9, "cosine")),
         dict(epochs=2),
-        dict(batch_size=16),
+        dict(batch_size=8),
     ],
 )
 def test_whatever_decides_the_result_makes_a_new_run(results_file, change):
-    assert run()["code"] != run(**change)["code"]
-    assert len(lines(results_file)) == 2
+    (first,), (changed,) = train(), train(ROW._replace(**change))
+    assert first["code"] != changed["code"] and len(lines(results_file)) == 2
+    assert clr_utils.read_results("t", [ROW], 64, 32) == [first]
+    assert clr_utils.read_results("t", [ROW._replace(**change)], 64, 32) == [changed]
 
 
-def test_a_run_that_diverges_is_recorded_as_such():
-    line = run(make_optimizer=lambda: sgd(1e30))
-    assert line["diverged"] is True and line["test_loss"] is None
+def test_the_size_of_the_data_and_what_it_is_tested_on_make_a_new_run_and_its_source_too(results_file):
+    held_out = clr_utils.hold_out(DATA, 32)
+    fewer = DATA._replace(train=(X[:48], Y[:48]))
+    made = [train(data=data)[0] for data in (DATA, held_out, fewer, DATA._replace(source="synthetic"))]
+    assert len(lines(results_file)) == 4
+    assert len({line["code"] for line in made}) == 3 and made[0]["code"] == made[3]["code"]
 
 
-def test_the_same_seed_gives_the_same_start_to_every_optimizer():
-    started = []
+def test_code_does_not_depend_on_names_or_how_often_a_model_was_built():
+    assert clr_utils.code_of(ROW, 64, 32) == clr_utils.code_of(ROW._replace(name="other"), 64, 32)
 
-    def remembered():
-        model = network()
-        started.append(model.get_weights())
-        return model
+    def branched(joined_first):
+        inputs = keras.Input((4,))
+        a, b = keras.layers.Dense(3)(inputs), keras.layers.Dense(3)(inputs)
+        c = keras.layers.Dense(3)(a if joined_first else b)
+        return keras.Model(inputs, keras.layers.Dense(2, "softmax")(keras.layers.Concatenate()([a, b, c])))
 
-    run(make_model=remembered)
-    run(make_model=remembered, make_optimizer=lambda: clr_utils.CLR((0.01, 0.1), 5, (0.95, 0.85)))
-    for a, b in zip(*started):
-        np.testing.assert_array_equal(a, b)
+    codes = [clr_utils.code_of(Run("", lambda j=j: branched(j), sgd), 64, 32) for j in (True, True, False)]
+    assert codes[0] == codes[1] != codes[2]
+
+
+def test_code_is_that_of_the_recorded_lines():
+    # Changing it makes every recorded line stale. It must be the same with every version of Keras.
+    run = Run(
+        "", lambda: clr_utils.rescaled(clr_utils.mnist_network()), lambda u: CLR((0.005, 0.05), u // 2, (0.95, 0.85))
+    )
+    recorded = [
+        line
+        for line in lines(ROOT / "figures" / "results" / "02_lr_range_test.jsonl")
+        if line["run"] == "convolutional, peak 0.05"
+    ]
+    assert {line["code"] for line in recorded} == {clr_utils.code_of(run, 60000, 10000)}
+
+
+# ---- divergence
+
+
+def test_a_run_whose_loss_is_not_finite_is_recorded_stopped_and_counted():
+    (line,) = train(ROW._replace(make_optimizer=lambda updates: sgd(updates, 1e30), epochs=3), every_epoch=True)
+    assert 0 < line["diverged_at"] < 4
+    assert len(line["every_epoch"]["loss"]) == 1 and line["test_loss"] is None
+    assert clr_utils.summarise([line])[0].diverged == 1
+    json.dumps(line, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "loss, update",
+    [
+        ([2.3] * 50 + [0.5] * 50, None),
+        ([0.5] * 40 + [math.nan] * 60, 40),
+        ([0.5] * 40 + [math.inf] + [0.5] * 59, 40),
+        ([2.3] * 100, 0),
+        ([2.3] * 30 + [1.0] * 30 + [2.4] * 40, range(60, 80)),
+    ],
+)
+def test_diverged_at(loss, update):
+    found = clr_utils._diverged_at(np.array(loss), math.log(10))
+    assert found in update if isinstance(update, range) else found == update
+
+
+# ---- the file
 
 
 def test_a_line_cut_off_by_a_crash_is_ignored_and_costs_only_its_own_run(results_file):
-    first, second = run(), run(seed=1)
+    first, second = train(seeds=(0, 1))
     text = results_file.read_text()
     results_file.write_text(text[:-20])
     assert clr_utils.read_results("t") == [first]
-    again = run(seed=1)
+    again = train(seeds=(0, 1))
     assert [line["seed"] for line in clr_utils.read_results("t")] == [0, 1]
-    assert again["test_loss"] == second["test_loss"]
+    assert results_of(again[1]) == results_of(second)
+
+
+def other_process(code, folder):
+    environment = {
+        **os.environ,
+        "CLR_OUTPUT_DIR": str(folder),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    return subprocess.Popen([sys.executable, "-c", f"import test_experiments as t\n{code}"], env=environment)
+
+
+def test_a_kill_at_any_moment_loses_no_finished_run(results_file, tmp_path):
+    process = other_process("t.train(seeds=range(1000))", tmp_path)
+    deadline = time.monotonic() + 120
+    while not (results_file.exists() and results_file.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    survived = clr_utils.read_results("t")
+    assert 2 <= len(survived) < 100 and [line["seed"] for line in survived] == list(range(len(survived)))
+    more = train(seeds=range(len(survived) + 2))
+    assert more[: len(survived)] == survived and len(clr_utils.read_results("t")) == len(survived) + 2
+    assert results_of(more[0]) == results_of(train(data=DATA, seeds=(0,))[0])
+
+
+def test_two_processes_writing_to_one_file_lose_nothing(results_file, tmp_path):
+    code = (
+        "for n in range(300):\n"
+        "    t.clr_utils._append_line(t.pathlib.Path({path!r}), {{'run': '{run}', 'seed': n, 'fill': 'x' * 5000}})"
+    )
+    processes = [other_process(code.format(path=str(results_file), run=run), tmp_path) for run in "ab"]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    found = lines(results_file)
+    assert sorted((line["run"], line["seed"]) for line in found) == [(run, n) for run in "ab" for n in range(300)]
 
 
 def test_recorded_lines_beside_the_module_are_read_but_not_taken_for_this_run(results_file, monkeypatch, tmp_path):
-    first = run()
+    (first,) = train()
     monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path / "elsewhere"))
     monkeypatch.setattr(clr_utils, "__file__", str(tmp_path / "clr_utils.py"))
     assert clr_utils.read_results("t") == [first]
-    second = run()
-    assert second["test_loss"] == first["test_loss"]
-    assert len(clr_utils.read_results("t")) == 2
+    (second,) = train(seeds=(0,))
+    assert results_of(second) == results_of(first)
+    assert len(lines(tmp_path / "elsewhere" / "figures" / "results" / "t.jsonl")) == 1
+    assert len(clr_utils.read_results("t")) == 1  # the same run of the same seed
 
 
-def test_every_recorded_result_is_of_real_data_and_stands_once():
-    import pathlib
+@pytest.mark.parametrize(
+    "runs, seeds, message",
+    [
+        ([], (0,), "at least one"),
+        ([network], (0,), "give a list of Run"),
+        ([ROW, ROW], (0,), "a name of its own"),
+        ([ROW._replace(epochs=0)], (0,), "epochs=0"),
+        ([ROW._replace(batch_size=1.5)], (0,), "batch_size=1.5"),
+        ([ROW], (), "at least one"),
+        ([ROW], (0, 0), "different whole numbers"),
+        ([ROW], (-1,), "whole numbers from 0"),
+    ],
+)
+def test_bad_arguments_are_named(results_file, runs, seeds, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        clr_utils.run_experiment("t", runs, seeds, DATA)
+    assert not results_file.exists()
 
-    for path in (pathlib.Path(__file__).resolve().parent.parent / "figures" / "results").glob("*.jsonl"):
+
+# ---- holding out
+
+
+def test_hold_out_takes_the_last_training_images_for_the_test_set():
+    held_out = clr_utils.hold_out(DATA, 20)
+    np.testing.assert_array_equal(held_out.train[0], X[:44])
+    np.testing.assert_array_equal(held_out.test[0], X[44:64])
+    np.testing.assert_array_equal(held_out.test[1], Y[44:64])
+    assert held_out.part == "validation" and DATA.part == "test"
+    for size in (0, 64, 1.5):
+        with pytest.raises(ValueError, match="can be held out"):
+            clr_utils.hold_out(DATA, size)
+
+
+# ---- summaries
+
+
+def line_of(run, seed, accuracy, diverged_at=None, **items):
+    curve = {"update": [0, 5], "loss": [2.0, 1.0 + seed], "learning_rate": [0.1, 0.2], "momentum": None}
+    return {
+        **{
+            "run": run,
+            "seed": seed,
+            "test_accuracy": accuracy,
+            "diverged_at": diverged_at,
+            "seconds": 2.0,
+            "epochs": 1,
+        },
+        **{"data": "mnist", "code": run, "curve": curve},
+        **items,
+    }
+
+
+A = [line_of("a", seed, accuracy) for seed, accuracy in enumerate((0.97, 0.98, 0.99))]
+B = [line_of("b", seed, accuracy) for seed, accuracy in enumerate((0.96, 0.968, 0.982))]
+
+
+def test_summarise():
+    (row,) = clr_utils.summarise(A)
+    assert (row.run, row.n, row.diverged, row.seconds) == ("a", 3, 0, 2.0)
+    assert row.mean == pytest.approx(98.0) and row.sd == pytest.approx(1.0)
+    half = 4.302653 / math.sqrt(3)  # 97.5% quantile of Student's t with 2 degrees of freedom
+    assert (row.low, row.high) == pytest.approx((98 - half, 98 + half), abs=1e-5)
+
+
+def test_a_diverged_run_counts_in_the_mean():
+    (row,) = clr_utils.summarise([*A, line_of("a", 3, 0.10, diverged_at=7)])
+    assert row.diverged == 1 and row.n == 4 and row.mean == pytest.approx(76.0)
+
+
+def test_one_seed_has_a_mean_and_no_interval():
+    (row,) = clr_utils.summarise(A[:1])
+    assert row.mean == pytest.approx(97.0) and math.isnan(row.sd) and math.isnan(row.low) and math.isnan(row.high)
+    assert "nan" not in str(clr_utils.results_table(A[:1]))
+
+
+def test_compare_pairs_by_seed():
+    result = clr_utils.compare([*reversed(A), *B, line_of("b", 9, 0.1)], "a", "b")
+    assert result.n == 3 and result.difference == pytest.approx(1.0)
+    half = 4.302653 * np.std([1.0, 1.2, 0.8], ddof=1) / math.sqrt(3)
+    assert (result.low, result.high) == pytest.approx((1 - half, 1 + half), abs=1e-5)
+    assert result.apart and "told apart" in str(result) and "cannot" not in str(result)
+    back = clr_utils.compare([*A, *B], "b", "a")
+    assert back.apart and back.difference == pytest.approx(-1.0)
+
+
+def test_compare_says_when_nothing_can_be_told():
+    result = clr_utils.compare([*A, *[line_of("b", s, a) for s, a in enumerate((0.99, 0.98, 0.965))]], "a", "b")
+    assert not result.apart and result.low < 0 < result.high and "cannot be told apart" in str(result)
+
+
+@pytest.mark.parametrize("names, message", [(("a", "c"), "'c' is not among"), (("a", "b"), "1 seeds in common")])
+def test_compare_refuses_what_cannot_be_compared(names, message):
+    with pytest.raises(ValueError, match=message):
+        clr_utils.compare([*A, B[0]], *names)
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (line_of("a", 0, 0.5), "two lines with seed 0"),
+        (line_of("a", 7, 0.5, code="changed"), "different code"),
+        (line_of("c", 0, 0.5, data="synthetic"), "mnist and synthetic"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_averaged(other, message):
+    with pytest.raises(ValueError, match=message):
+        clr_utils.summarise([*A, other])
+
+
+def test_results_table_in_a_notebook_and_in_a_file():
+    table = clr_utils.results_table([*A, *[dict(line, run="x|y", code="x|y") for line in B]])
+    text = table.markdown()
+    assert text == table._repr_markdown_() and text.count("\n") == 3
+    assert "| a | mnist | 1 | 3 | 98.00 ± 1.00 | 95.52 to 100.48 | 0 | 2 |" in text and "x\\|y" in text
+    assert str(table).splitlines()[1].split()[:4] == ["a", "mnist", "1", "3"]
+
+
+# ---- the recorded results
+
+
+def test_every_recorded_result_is_of_real_data_full_and_stands_once():
+    for path in (ROOT / "figures" / "results").glob("*.jsonl"):
         found = lines(path)
-        assert found and all(line["data"] in ("mnist", "cifar10") for line in found)
+        assert found and all(line["data"] in ("mnist", "cifar10") and line["profile"] == "full" for line in found)
         keys = [tuple(line[k] for k in ("run", "profile", "seed", "code")) for line in found]
         assert len(set(keys)) == len(keys)
         assert path.stat().st_size < 1e6

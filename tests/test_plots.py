@@ -174,6 +174,72 @@ def test_training_without_one_value_per_update_is_refused(loss, rate, momentum):
     assert plt.get_fignums() == []
 
 
+# -------------------------------------------------------------------------------------------- plots of experiments
+
+
+def line_of(run, seed, accuracy, *, momentum=(0.9, 0.8), data="mnist", last=0.5):
+    curve = {"update": [0, 10], "loss": [2.0 + seed, last], "learning_rate": [0.1, 0.2]}
+    curve["momentum"] = None if momentum is None else list(momentum)
+    kept = {"test_accuracy": accuracy, "diverged_at": None, "seconds": 1.0, "epochs": 1, "code": run}
+    return {"run": run, "seed": seed, "data": data, "curve": curve, **kept}
+
+
+LINES = [line_of("a", 0, 0.97), line_of("a", 1, 0.99), line_of("b", 0, 0.10, momentum=None)]
+
+
+def test_runs_are_drawn_every_seed_behind_the_mean(capsys):
+    rate, momentum, loss = clr_utils.plot_runs(LINES)
+    assert [list(line.get_ydata()) for line in rate.lines] == [[0.1, 0.2], [0.1, 0.2]]
+    assert [list(line.get_ydata()) for line in momentum.lines] == [[0.9, 0.8]]  # Adam has none
+    seeds_a, mean_a = loss.lines[:2], loss.lines[2]
+    assert [list(line.get_ydata()) for line in seeds_a] == [[2.0, 0.5], [3.0, 0.5]]
+    assert list(mean_a.get_ydata()) == [2.5, 0.5] and list(mean_a.get_xdata()) == [0, 10]
+    assert mean_a.get_linewidth() > seeds_a[0].get_linewidth() and mean_a.get_label() == "a"
+    assert rate.lines[0].get_color() == mean_a.get_color() != loss.lines[-1].get_color()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "3 runs on mnist data" in out and "a 0.5" in out
+
+
+def test_runs_with_a_loss_that_is_not_finite_are_drawn_as_far_as_it_is(capsys):
+    axes = clr_utils.plot_runs([line_of("a", 0, 0.1, last=None)])
+    assert np.isnan(axes[2].lines[0].get_ydata()[1]) and "nan" in capsys.readouterr().out
+
+
+def test_comparison_draws_every_seed_the_mean_and_its_interval(capsys):
+    live = [line_of("a", 7, 0.95)]
+    ax = clr_utils.plot_comparison(LINES, live, xlim=(90, 100))
+    points = [list(line.get_xdata()) for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert points == [[97.0, 99.0], [10.0]]
+    assert [list(line.get_xdata()) for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata())] == [
+        [95.0]
+    ]
+    summary = clr_utils.summarise(LINES)[0]
+    (segment,) = ax.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose(segment[:, 0], [summary.low, summary.high])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert any("1 of 1 further left" in text.get_text() for text in ax.texts)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "highest mean: a, 98.00%" in out
+
+
+@pytest.mark.parametrize("live", [[], [line_of("a", 7, 0.9, data="synthetic")]], ids=["mnist", "synthetic"])
+def test_synthetic_runs_mark_the_comparison(live):
+    ax = clr_utils.plot_comparison(LINES, live)
+    assert any("SYNTHETIC" in text.get_text() for text in ax.figure.texts) == bool(live)
+
+
+def test_synthetic_runs_mark_the_curves():
+    axes = clr_utils.plot_runs([line_of("a", 0, 0.9, data="synthetic")])
+    assert any("SYNTHETIC" in text.get_text() for text in axes[0].figure.texts)
+
+
+def test_too_many_rows_or_none_are_refused():
+    with pytest.raises(ValueError, match="0 rows"):
+        clr_utils.plot_comparison([])
+    with pytest.raises(ValueError, match="8 rows: 1 to 7"):
+        clr_utils.plot_runs([line_of(str(n), 0, 0.9) for n in range(8)])
+
+
 # --------------------------------------------------------------------------------------------------- smooth
 
 

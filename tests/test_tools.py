@@ -55,6 +55,13 @@ def test_a_failing_cell_is_named_and_what_ran_is_kept(tmp_path, build, capsys):
     assert nbformat.read(build / "bad.ipynb", as_version=4).cells[0].outputs[0].text == "42\n"
 
 
+def test_only_recorded_results_are_committed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"profile": "full", "n": 1}\n{"profile": "quick", "n": 2}\n{"profile": "full", "n": 3}\n{"prof')
+    run_notebooks.drop_live_results(tmp_path)
+    assert path.read_text() == '{"profile": "full", "n": 1}\n{"profile": "full", "n": 3}\n'
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 def test_a_python_without_tensorflow_wheels_gets_one_clear_line(tmp_path):
     old = tmp_path / "python2.7"

@@ -8,6 +8,7 @@ CLR_PROFILE chooses the profile (smoke, quick, full), CLR_DATA_DIR the data. The
 """
 
 import argparse
+import json
 import os
 import pathlib
 import sys
@@ -38,6 +39,8 @@ def main():
     else:
         os.environ.setdefault("CLR_OUTPUT_DIR", str(BUILD))
     failed = [path for k, path in enumerate(notebooks, 1) if not run(path, f"[{k}/{len(notebooks)}]", options.in_place)]
+    if options.in_place:
+        drop_live_results(ROOT / "figures" / "results")
     if failed:
         sys.exit(f"{len(failed)} of {len(notebooks)} notebooks failed: {', '.join(path.stem for path in failed)}")
 
@@ -88,6 +91,15 @@ def run(path, label, in_place):
         show("FAILED")
         print(error, file=sys.stderr)
     return error is None
+
+
+def drop_live_results(folder):
+    """Leaves only lines of the `full` profile in the results: those of `quick` are for each reader to train."""
+    for path in folder.glob("*.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        recorded = [line for line in lines if line.endswith("}\n") and json.loads(line)["profile"] == "full"]
+        if recorded != lines:
+            write(path, "".join(recorded))
 
 
 def write(path, text):
