@@ -1724,15 +1724,15 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False):
     done = {}
     for line in _lines_of(path):
         name = (line["run"], line["seed"])
-        if name in keys and keys[name].items() <= line.items():
-            done.setdefault(name, line)
+        if name in keys and keys[name].items() <= line.items() and ("every_epoch" in line or not every_epoch):
+            done[name] = line
     if done:
         print(f"{experiment}: {len(done)} of {len(keys)} runs are there already")
     start, trained = time.monotonic(), 0
-    for (seed, run), number in zip(itertools.product(seeds, runs), itertools.count(1)):
+    for number, (seed, run) in enumerate(itertools.product(seeds, runs), start=1):
         if (run.name, seed) in done:
             continue
-        line = {**keys[run.name, seed], **_train(run, seed, data, every_epoch), **run.notes}
+        line = {**run.notes, **keys[run.name, seed], **_train(run, seed, data, every_epoch)}
         _append_line(path, line)
         done[run.name, seed] = line
         trained += 1
@@ -1764,22 +1764,23 @@ def read_results(experiment, runs=None, train_size=None, test_size=10000, part="
     """The lines of an experiment as dicts: those recorded beside this module, and those of this run of the notebook.
 
     runs, train_size, test_size, part: only lines whose `code` is that of one of the runs on data of these sizes, so
-        that no line of an earlier version of a run is mistaken for it. A run on one seed is given once.
+        that no line of an earlier version of a run is mistaken for it. Each run and seed once, as recorded last.
     """
     folders = {pathlib.Path(__file__).resolve().parent, _output_folder().resolve()}
     lines = [line for folder in sorted(folders) for line in _lines_of(_results_file(folder, experiment))]
     if runs is not None:
         codes = {(run.name, code_of(run, train_size, test_size, part)) for run in _checked_runs(runs)}
         lines = [line for line in lines if (line["run"], line["code"]) in codes]
-    kept = {tuple(line[key] for key in ("run", "profile", "seed", "data", "code")): line for line in reversed(lines)}
-    return list(reversed(kept.values()))
+    return list(
+        {tuple(line[key] for key in ("run", "profile", "seed", "data", "code")): line for line in lines}.values()
+    )
 
 
 class Summary(NamedTuple):
     """The test accuracies of one row over its seeds, in percent.
 
     low, high: the 95% interval of the mean by Student's t, which takes the seeds for a sample of normally distributed
-    results; nan for n = 1. diverged: how many of the n did; they count in all the rest. seconds: mean of training.
+    results; nan for n = 1. diverged: how many of the n did; they count in all the rest. seconds: median of training.
     """
 
     run: str
@@ -1854,7 +1855,7 @@ def summarise(lines):
                 low,
                 high,
                 sum(line["diverged_at"] is not None for line in by_seed.values()),
-                float(np.mean([line["seconds"] for line in by_seed.values()])),
+                float(np.median([line["seconds"] for line in by_seed.values()])),
             )
         )
     return summaries

@@ -168,6 +168,19 @@ def test_a_finished_run_is_not_repeated(results_file, capsys):
     assert "2 of 2 runs are there already" in capsys.readouterr().out
 
 
+def test_a_run_recorded_without_each_epoch_is_repeated_where_they_are_asked_for(results_file):
+    (first,) = train(ROW._replace(epochs=2))
+    (second,) = train(ROW._replace(epochs=2), every_epoch=True)
+    assert len(lines(results_file)) == 2 and results_of(first) == results_of(second)
+    assert clr_utils.read_results("t") == [second]
+    assert train(ROW._replace(epochs=2), every_epoch=True) == train(ROW._replace(epochs=2)) == [second]
+
+
+def test_notes_do_not_overwrite_what_was_measured():
+    (line,) = train(ROW._replace(notes={"seed": 7, "peak": 0.1}))
+    assert line["seed"] == 0 and line["peak"] == 0.1
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -367,6 +380,11 @@ def test_summarise():
     assert row.mean == pytest.approx(98.0) and row.sd == pytest.approx(1.0)
     half = 4.302653 / math.sqrt(3)  # 97.5% quantile of Student's t with 2 degrees of freedom
     assert (row.low, row.high) == pytest.approx((98 - half, 98 + half), abs=1e-5)
+
+
+def test_seconds_are_the_median():
+    slow = [line_of("a", seed, 0.9, seconds=seconds) for seed, seconds in enumerate((2.0, 3.0, 100.0))]
+    assert clr_utils.summarise(slow)[0].seconds == 3.0
 
 
 def test_a_diverged_run_counts_in_the_mean():

@@ -1,0 +1,88 @@
+"""What recording costs in the experiment runner, and how it compares with PyTorch's SGD + OneCycleLR.
+
+    python tests/bench_runner.py [ROUNDS]
+
+One epoch of 800 updates of the MNIST network at batch 32, one process, the contestants one after the other in each
+round, tracing done before. "fit" is Keras's own training on the same pipeline without recording. Each number is the
+median over the rounds of the ratio in the same round. PyTorch is timed where it is installed, on batches cut from
+shuffled tensors in memory (without a DataLoader, which is slower). Nothing else should run on the machine.
+"""
+
+import pathlib
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import clr_utils  # isort: skip  # imports Keras, so it comes first
+import numpy as np
+
+ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+UPDATES, BATCH_SIZE, PEAK = 800, 32, 0.05
+
+rng = np.random.default_rng(0)
+images = rng.integers(0, 256, (UPDATES * BATCH_SIZE, 28, 28)).astype("uint8")
+labels = rng.integers(0, 10, len(images)).astype("uint8")
+
+
+def epoch_in_keras(recorded):
+    model = clr_utils.rescaled(clr_utils.mnist_network())
+    if recorded:
+        model = clr_utils._Recorded(model.inputs[0], model.outputs[0], UPDATES)
+    optimizer = clr_utils.CLR((PEAK / 10, PEAK), UPDATES // 2, (0.95, 0.85), "one_cycle")
+    model.compile(optimizer, "sparse_categorical_crossentropy", steps_per_execution=100)
+
+    def epoch():
+        if recorded:
+            model.record.clear()
+        shuffled = clr_utils._batches_in_graph(images, labels, rng.permutation(len(images)), BATCH_SIZE)
+        model.fit(shuffled, steps_per_epoch=UPDATES, shuffle=False, verbose=0)
+
+    return epoch
+
+
+def epoch_in_torch():
+    import torch
+    from torch import nn
+
+    layers = [nn.Conv2d(1, 32, 3, stride=2), nn.ReLU(), nn.Conv2d(32, 16, 3), nn.ReLU()]
+    layers += [nn.Conv2d(16, 20, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(500, 64), nn.Linear(64, 10)]
+    model, loss_of = nn.Sequential(*layers), nn.CrossEntropyLoss()
+    assert sum(p.numel() for p in model.parameters()) == clr_utils.mnist_network().count_params()
+    x, y = torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
+
+    def epoch():
+        optimizer = torch.optim.SGD(model.parameters(), lr=PEAK, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK, total_steps=UPDATES)
+        for chosen in torch.from_numpy(rng.permutation(len(images))).split(BATCH_SIZE):
+            optimizer.zero_grad()
+            loss_of(model(x[chosen].float() / 255), y[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+
+    return epoch
+
+
+contestants = {"fit": epoch_in_keras(False), "runner": epoch_in_keras(True)}
+try:
+    contestants["torch"] = epoch_in_torch()
+except ImportError:
+    print("PyTorch is not installed: not timed")
+
+print(clr_utils.describe_machine())
+seconds = {name: [] for name in contestants}
+for round_number in range(-1, ROUNDS):  # the first one compiles
+    turn = round_number % len(contestants)
+    for name in [*contestants][turn:] + [*contestants][:turn]:
+        start = time.perf_counter()
+        contestants[name]()
+        if round_number >= 0:
+            seconds[name].append(time.perf_counter() - start)
+for name, times in seconds.items():
+    print(f"{name:7} {UPDATES / statistics.median(times):6.0f} updates/s")
+for first, second in (("runner", "fit"), ("runner", "torch")):
+    if second in seconds:
+        ratios = [a / b for a, b in zip(seconds[first], seconds[second])]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        print(f"{first} / {second}: {statistics.median(ratios):.3f} (quartiles {low:.3f} to {high:.3f})")
