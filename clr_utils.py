@@ -922,7 +922,12 @@ def profile():
 def describe_machine():
     """One line on what this runs on: versions, backend, and the GPU or the number of CPU cores."""
     backend = keras.backend.backend()
-    gpus = [device for device in keras.distribution.list_devices() if device.startswith(("gpu", "cuda"))]
+    if backend == "torch":  # Keras does not list its devices
+        import torch
+
+        gpus = range(torch.cuda.device_count())
+    else:
+        gpus = [device for device in keras.distribution.list_devices() if device.startswith(("gpu", "cuda"))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = f"{len(gpus)} GPU" if gpus else f"{cores} CPU cores ({platform.machine()})"
     version = __import__(backend).__version__
@@ -1194,7 +1199,7 @@ class _Record(keras.metrics.Metric):
 
     def clear(self):
         self.count.assign(0)
-        self.values.assign(ops.zeros_like(self.values))
+        self.values.assign(np.zeros((3, self.num_steps), "float32"))
 
     def reset_state(self):
         """Keeps everything: evaluate() resets all metrics, and the validation loss is taken in mid-sweep."""
@@ -2283,7 +2288,9 @@ def plot_range_test(result, ax=None, *, source=None):
             ax.axvline(
                 rate, color=COLOURS[n], linestyle=DASHES[n], linewidth=1.2, label=f"{title}: {rate:.3g}", zorder=2
             )
-        if result._break()[0]:
+        breaks_at = result._break()[0]
+        if breaks_at:
+            ax.axvline(breaks_at, color="0.4", linestyle=DASHES[5], linewidth=1.0, label=f"break: {breaks_at:.3g}")
             low, high = result.bounds()
             ax.axvspan(low, high, color=COLOURS[5], alpha=0.2, linewidth=0, label=f"bounds: {low:.3g} to {high:.3g}")
     if result.diverged_at is not None:
