@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -450,3 +451,13 @@ def test_every_recorded_result_is_of_real_data_full_and_stands_once():
         keys = [tuple(line[k] for k in ("run", "profile", "seed", "code")) for line in found]
         assert len(set(keys)) == len(keys)
         assert path.stat().st_size < 1e6
+
+
+def test_the_tables_of_the_readme_are_those_of_the_recorded_lines():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    asked = re.findall(r"<!-- results_table of (\w+): (.+?) -->\n\n(\|.+?\|)\n\n", readme, re.S)
+    assert len(asked) == readme.count("<!-- results_table") > 0
+    for experiment, rows, table in asked:
+        recorded = lines(ROOT / "figures" / "results" / f"{experiment}.jsonl")
+        kept = [line for row in rows.split("; ") for line in recorded if line["run"] == row]
+        assert clr_utils.results_table(kept).markdown() == table, "paste the left one into README.md"
