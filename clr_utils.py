@@ -2347,7 +2347,7 @@ def plot_comparison(lines, live=(), *, xlim=None, ax=None):
     """Draws the test accuracies of an experiment's rows: every seed a point, the mean with its 95% interval beside it.
 
     lines: of `run_experiment`, one row of the picture for each name. live: further lines, marked as of this session.
-    xlim: limits of the accuracy in percent; points beyond are counted at the edge of their row.
+    xlim: limits of the accuracy in percent; the points outside of them are counted in their row.
     Returns the axes. Prints a one-line summary.
     """
     by_run = _drawable(lines, most=math.inf)
@@ -2363,8 +2363,8 @@ def plot_comparison(lines, live=(), *, xlim=None, ax=None):
         outside = 0 if xlim is None else sum(not xlim[0] <= point <= xlim[1] for point in points)
         if outside:
             ax.annotate(
-                f"{outside} of {row.n} further left",
-                (0.01, y + 0.16),
+                f"{outside} of {row.n} outside",
+                (0.01, y + 0.36),
                 xycoords=("axes fraction", "data"),
                 va="center",
                 fontsize=8,

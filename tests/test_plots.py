@@ -217,7 +217,7 @@ def test_comparison_draws_every_seed_the_mean_and_its_interval(capsys):
     (segment,) = ax.containers[0].lines[2][0].get_segments()
     np.testing.assert_allclose(segment[:, 0], [summary.low, summary.high])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
-    assert any("1 of 1 further left" in text.get_text() for text in ax.texts)
+    assert any("1 of 1 outside" in text.get_text() for text in ax.texts)
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "highest mean: a, 98.00%" in out
 
