@@ -1,7 +1,12 @@
 """Settings for all tests. They must be there before Keras is imported, and notebook kernels inherit them."""
 
 import os
+import pathlib
+import shutil
+import tempfile
 
+# What notebooks wrote in an earlier session of tests: runs found there would not be trained again.
+shutil.rmtree(pathlib.Path(tempfile.gettempdir()) / "clr-smoke", ignore_errors=True)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CLR_PROFILE", "smoke")
 os.environ.setdefault("CLR_SYNTHETIC", "always")
