@@ -1,5 +1,6 @@
 """make and tools/run_notebooks.py: what a stranger types first."""
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -55,11 +56,15 @@ def test_a_failing_cell_is_named_and_what_ran_is_kept(tmp_path, build, capsys):
     assert nbformat.read(build / "bad.ipynb", as_version=4).cells[0].outputs[0].text == "42\n"
 
 
-def test_only_recorded_results_are_committed(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"profile": "full", "n": 1}\n{"profile": "quick", "n": 2}\n{"profile": "full", "n": 3}\n{"prof')
-    run_notebooks.drop_live_results(tmp_path)
-    assert path.read_text() == '{"profile": "full", "n": 1}\n{"profile": "full", "n": 3}\n'
+def test_in_place_trains_the_live_runs_anew(tmp_path, monkeypatch):
+    live, recorded = tmp_path / "live.jsonl", tmp_path / "02.jsonl"
+    live.touch()
+    recorded.touch()
+    monkeypatch.setattr(run_notebooks, "LIVE", live)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(sys, "argv", ["", "--in-place", str(write_notebook(tmp_path / "a.ipynb", "1"))])
+    run_notebooks.main()
+    assert not live.exists() and recorded.exists()
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")

@@ -8,7 +8,6 @@ CLR_PROFILE chooses the profile (smoke, quick, full), CLR_DATA_DIR the data. The
 """
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -21,6 +20,7 @@ from nbconvert import HTMLExporter
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
+LIVE = ROOT / "figures" / "results" / "live.jsonl"  # runs that each reader trains; not committed
 
 
 def main():
@@ -36,11 +36,10 @@ def main():
     if options.in_place:
         os.environ["CLR_SYNTHETIC"] = "never"  # what is committed comes from real data
         os.environ["CLR_OUTPUT_DIR"] = str(ROOT)
+        LIVE.unlink(missing_ok=True)  # what is committed shows these runs being trained
     else:
         os.environ.setdefault("CLR_OUTPUT_DIR", str(BUILD))
     failed = [path for k, path in enumerate(notebooks, 1) if not run(path, f"[{k}/{len(notebooks)}]", options.in_place)]
-    if options.in_place:
-        drop_live_results(ROOT / "figures" / "results")
     if failed:
         sys.exit(f"{len(failed)} of {len(notebooks)} notebooks failed: {', '.join(path.stem for path in failed)}")
 
@@ -91,15 +90,6 @@ def run(path, label, in_place):
         show("FAILED")
         print(error, file=sys.stderr)
     return error is None
-
-
-def drop_live_results(folder):
-    """Leaves only lines of the `full` profile in the results: those of `quick` are for each reader to train."""
-    for path in folder.glob("*.jsonl"):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        recorded = [line for line in lines if line.endswith("}\n") and json.loads(line)["profile"] == "full"]
-        if recorded != lines:
-            write(path, "".join(recorded))
 
 
 def write(path, text):
