@@ -1,5 +1,6 @@
 # make run      executes the notebooks into build/ (.ipynb and .html)      PROFILE=smoke | quick | full
 # make lab      opens them in JupyterLab
+# make colab    writes self-contained notebooks into build/colab: one file to upload, nothing to install
 # make test     unit tests, and every notebook in the smoke profile; needs no network
 # make refresh  re-executes in place what is committed: outputs, figures, results
 #
@@ -19,7 +20,7 @@ BIN := $(if $(wildcard $(VENV)/Scripts),$(VENV)/Scripts,$(VENV)/bin)
 READY := $(VENV)/ready-$(notdir $(PIN))
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(PIN),--constraint $(PIN))
 
-.PHONY: run lab test refresh clean
+.PHONY: run lab colab test refresh clean
 .DELETE_ON_ERROR:
 
 run: $(READY)
@@ -27,6 +28,9 @@ run: $(READY)
 
 lab: $(READY)
 	@CLR_PROFILE=$(PROFILE) $(BIN)/python -m jupyter lab notebooks
+
+colab: $(READY)
+	@$(BIN)/python tools/make_colab.py $(NOTEBOOKS)
 
 test: $(READY)-test
 	@CLR_PROFILE=smoke CLR_SYNTHETIC=always $(BIN)/python -m pytest $(ARGS)

@@ -2227,6 +2227,7 @@ def _append_line(path, line):
 # Okabe & Ito's colours, distinct for colour-blind readers; with dashes, also in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+DIVERGED = {"marker": "o", "linestyle": "", "fillstyle": "none", "color": "black", "markersize": 9, "zorder": 4}
 FIGURE_WIDTH = 8.0  # inches, for every figure of the series
 FIGURE_DPI = 120
 
@@ -2428,7 +2429,8 @@ def plot_runs(lines, *, smoothing=0.0, axes=None):
 def plot_comparison(lines, live=(), *, xlim=None, ax=None):
     """Draws the test accuracies of an experiment's rows: every seed a point, the mean with its 95% interval beside it.
 
-    lines: of `run_experiment`, one row of the picture for each name. live: further lines, marked as of this session.
+    lines: of `run_experiment`, one row of the picture for each name; runs that diverged have a ring. live: further
+        lines, marked as of this session.
     xlim: limits of the accuracy in percent; the points outside of them are counted in their row.
     Returns the axes. Prints a one-line summary.
     """
@@ -2438,6 +2440,8 @@ def plot_comparison(lines, live=(), *, xlim=None, ax=None):
     for y, row in enumerate(summaries):
         points = [100 * line["test_accuracy"] for line in by_run[row.run].values()]
         ax.plot(points, np.full(len(points), y + 0.16), "o", color=COLOURS[0], alpha=0.45, markersize=4, zorder=2)
+        lost = [100 * r["test_accuracy"] for r in by_run[row.run].values() if r["diverged_at"] is not None]
+        ax.plot(lost, np.full(len(lost), y + 0.16), **DIVERGED)
         bars = None if row.n == 1 else [[row.mean - row.low], [row.high - row.mean]]
         ax.errorbar(row.mean, y - 0.12, xerr=bars, fmt="D", color=COLOURS[1], markersize=5, capsize=3, zorder=3)
         here = [100 * line["test_accuracy"] for line in live if line["run"] == row.run]
@@ -2457,7 +2461,9 @@ def plot_comparison(lines, live=(), *, xlim=None, ax=None):
     ]
     if live:
         handles.append(ax.plot([], [], "x", color="black", markersize=6, label="this session")[0])
-    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False)
+    if any(row.diverged for row in summaries):
+        handles.append(ax.plot([], [], **DIVERGED, label="diverged")[0])
+    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(handles), frameon=False)
     ax.set(
         yticks=range(len(summaries)), yticklabels=[row.run for row in summaries], xlabel="test accuracy (%)", xlim=xlim
     )

@@ -441,6 +441,52 @@ def test_results_table_in_a_notebook_and_in_a_file():
     assert str(table).splitlines()[1].split()[:4] == ["a", "mnist", "1", "3"]
 
 
+# ---- what feeds the training, and the networks
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.data")
+def test_no_thread_of_tf_data_holds_up_the_end_of_a_fit():
+    order = np.random.default_rng(0).permutation(len(X))
+    batches = clr_utils._batches_in_graph(X, Y, order, 10)
+    assert batches.options().autotune.enabled is False
+    got = [(x.numpy(), y.numpy()) for x, y in batches]
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in got]), X[order])
+    np.testing.assert_array_equal(np.concatenate([y for _, y in got]), Y[order])
+    assert clr_utils._Stream(X, Y, 10, 0, 5).data.options().autotune.enabled is False
+
+
+def test_the_images_that_stay_on_the_device_are_those_of_the_batches():
+    layer = clr_utils._Images(X)
+    for positions, labels in clr_utils._batches_of_positions(X, Y, np.arange(len(X))[::-1], 40):
+        images = keras.ops.convert_to_numpy(layer(positions))
+        np.testing.assert_array_equal(images, X[positions])
+        np.testing.assert_array_equal(labels, Y[positions])
+        assert images.dtype == "float32"
+    assert not layer.trainable_variables
+
+
+def test_the_residual_network_is_the_one_of_the_post():
+    model = clr_utils.residual_network()
+    assert model.count_params() == 1_016_970
+    convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    filters = [layer.filters for layer in convolutions]
+    assert filters == [128, *[32, 128, 128] * 8, 128]
+    assert [layer.kernel_size[0] for layer in convolutions] == [3, *[3, 3, 1] * 8, 3]
+    assert all(layer.momentum == 0.95 for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization))
+    small = clr_utils.residual_network(8, 1, batch_norm_momentum=0.5)
+    assert {layer.momentum for layer in small.layers if isinstance(layer, keras.layers.BatchNormalization)} == {0.5}
+    assert small(np.zeros((2, 32, 32, 3))).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "arguments, what",
+    [((30,), "width=30.*multiple of 4"), ((0,), "width=0"), ((8, -1), "blocks=-1"), ((8, 1, 1.0), "momentum=1.0")],
+)
+def test_a_residual_network_that_cannot_be_built_says_why(arguments, what):
+    with pytest.raises(ValueError, match=what):
+        clr_utils.residual_network(*arguments)
+
+
 # ---- the recorded results
 
 

@@ -222,6 +222,14 @@ def test_comparison_draws_every_seed_the_mean_and_its_interval(capsys):
     assert out.count("\n") == 1 and "highest mean: a, 98.00%" in out
 
 
+def test_a_run_that_diverged_has_a_ring():
+    ax = clr_utils.plot_comparison([*LINES, {**line_of("b", 1, 0.2), "diverged_at": 3}])
+    rings = [list(line.get_xdata()) for line in ax.lines if line.get_fillstyle() == "none" and len(line.get_xdata())]
+    assert rings == [[20.0]]
+    assert "diverged" in [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "diverged" not in [t.get_text() for t in clr_utils.plot_comparison(LINES).get_legend().get_texts()]
+
+
 @pytest.mark.parametrize("live", [[], [line_of("a", 7, 0.9, data="synthetic")]], ids=["mnist", "synthetic"])
 def test_synthetic_runs_mark_the_comparison(live):
     ax = clr_utils.plot_comparison(LINES, live)
