@@ -1837,7 +1837,7 @@ def read_results(experiment, runs=None, train_size=None, test_size=10000, part="
     """
     folders = {pathlib.Path(__file__).resolve().parent, _output_folder().resolve()}
     lines = [line for folder in sorted(folders) for line in _lines_of(_results_file(folder, experiment))]
-    if runs is not None:
+    if runs is not None and lines:
         codes = {(run.name, code_of(run, train_size, test_size, part)) for run in _checked_runs(runs)}
         lines = [line for line in lines if (line["run"], line["code"]) in codes]
     return list(

@@ -1,5 +1,6 @@
 """make and tools/run_notebooks.py: what a stranger types first."""
 
+import math
 import os
 import pathlib
 import shutil
@@ -8,11 +9,16 @@ import sys
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+import clr_utils  # noqa: E402, I001
+import keras  # noqa: E402
+import make_colab  # noqa: E402
 import run_notebooks  # noqa: E402
+import train_rows  # noqa: E402
 
 
 @pytest.fixture
@@ -65,6 +71,97 @@ def test_in_place_trains_the_live_runs_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", "--in-place", str(write_notebook(tmp_path / "a.ipynb", "1"))])
     run_notebooks.main()
     assert not live.exists() and recorded.exists()
+
+
+def test_a_colab_notebook_runs_alone_in_an_empty_folder(tmp_path, monkeypatch):
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = make_colab.self_contained(nbformat.read(path, as_version=4), path.stem)
+        text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        assert ".ipynb)" not in text and ".ipynb#" not in text, "a link that leads nowhere in Colab"
+        beginning = nbformat.v4.new_notebook(cells=[c for c in notebook.cells[:4] if c.cell_type == "code"])
+        check = (
+            "import pathlib; print(*sorted(p.as_posix() for p in pathlib.Path().rglob('*.jsonl')), clr_utils.__file__)"
+        )
+        beginning.cells.append(nbformat.v4.new_code_cell(check))
+        folder = tmp_path / path.stem
+        folder.mkdir()
+        NotebookClient(beginning, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+        *results, module = beginning.cells[-1].outputs[0].text.split()
+        committed = (ROOT / "figures" / "results").glob(f"{path.stem[:2]}_*.jsonl")
+        assert results == sorted(f"figures/results/{file.name}" for file in committed)
+        assert pathlib.Path(module).read_bytes() == (ROOT / "clr_utils.py").read_bytes()
+        assert pathlib.Path(module).parent == folder
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return train_rows.definitions(train_rows.NOTEBOOK)
+
+
+def tiny(size):
+    def network(batch_norm_momentum=0.95):
+        layers = [keras.layers.GlobalAveragePooling2D(), keras.layers.BatchNormalization(momentum=batch_norm_momentum)]
+        return keras.Sequential([keras.Input((32, 32, 3)), *layers, keras.layers.Dense(10, "softmax")])
+
+    return size._replace(network=network, budgets=(2,))
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """What `run_experiment` was asked for; a higher rate gives a higher accuracy, up to 1."""
+    asked = []
+
+    def run_experiment(experiment, runs, seeds, data, every_epoch=False):
+        (run,), (seed,) = runs, seeds
+        asked.append((experiment, run.name, seed))
+        line = {"experiment": experiment, "run": run.name, "seed": seed, "profile": clr_utils.profile()}
+        line |= {"data": data.source, "seconds": 1.0, "test_accuracy": -abs(run.notes.get("rate", 0) - 1)}
+        line |= {"code": clr_utils.code_of(run, len(data.train[0]), len(data.test[0]), data.part)}
+        clr_utils._append_line(clr_utils._results_file(tmp_path, experiment), line)
+        return [line]
+
+    monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr(clr_utils, "run_experiment", run_experiment)
+    return asked
+
+
+def test_rows_are_trained_in_order_of_worth_and_once(rows, trained):
+    size = tiny(rows["POST"])
+    done = rows["plan"](size, train_rows.Trainer(rows["images"], math.inf).train)
+    sections = ["post", "equal", "2 epochs", "long", "fewer", "augmented"]
+    assert sorted(done) == sorted(sections) and all(done.values())
+    assert len(trained) == len(set(trained))
+    assert trained[0] == ("04_post_network", "CLR 0.1-3.5", 0)
+    order = [trained.index(("04_post_network", name, 0)) for name in ("1cycle", "1cycle, 2 epochs")]
+    order += [trained.index(("04_post_network", "piecewise constant, 8 x as long", 0))]
+    order += [trained.index(("04_post_network", name, 0)) for name in ("BatchNorm 0.999", "1cycle, 10,000 images")]
+    assert order == sorted(order)
+    assert {line["run"]: line for line in done["equal"]}["constant"]["test_accuracy"] == 0  # at the rate 1, beyond 0.3
+    count = len(trained)
+    rows["plan"](size, train_rows.Trainer(rows["images"], math.inf).train)
+    assert len(trained) == count
+
+
+def test_no_run_is_started_that_would_not_end_in_time(rows, trained, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train_rows.time, "monotonic", lambda: now[0])
+    trainer, run_experiment = train_rows.Trainer(rows["images"], 100.0), clr_utils.run_experiment
+
+    def slow(*arguments, **options):
+        now[0] += 40
+        return run_experiment(*arguments, **options)
+
+    monkeypatch.setattr(clr_utils, "run_experiment", slow)
+    with pytest.raises(train_rows.OutOfTime, match="constant 0.35"):
+        rows["plan"](tiny(rows["POST"]), trainer.train)
+    assert len(trained) == 2 and now[0] == 80
+
+
+def test_operations_of_a_training_step():
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Flatten()(keras.layers.Conv2D(5, 3)(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(10)(x))
+    assert train_rows.operations_per_image(model) == 3 * 2 * (6 * 6 * 5 * 3 * 3 * 3 + 6 * 6 * 5 * 10)
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
