@@ -114,7 +114,7 @@ def trained(tmp_path, monkeypatch):
     def run_experiment(experiment, runs, seeds, data, every_epoch=False):
         (run,), (seed,) = runs, seeds
         asked.append((experiment, run.name, seed))
-        line = {"experiment": experiment, "run": run.name, "seed": seed, "profile": clr_utils.profile()}
+        line = {**run.notes, "experiment": experiment, "run": run.name, "seed": seed, "profile": clr_utils.profile()}
         line |= {"data": data.source, "seconds": 1.0, "test_accuracy": -abs(run.notes.get("rate", 0) - 1)}
         line |= {"code": clr_utils.code_of(run, len(data.train[0]), len(data.test[0]), data.part)}
         clr_utils._append_line(clr_utils._results_file(tmp_path, experiment), line)
