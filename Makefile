@@ -1,7 +1,7 @@
 # make run      executes the notebooks into build/ (.ipynb and .html)      PROFILE=smoke | quick | full
 # make lab      opens them in JupyterLab
 # make colab    writes self-contained notebooks into build/colab: one file to upload, nothing to install
-# make test     unit tests, and every notebook in the smoke profile; needs no network
+# make test     unit tests, and every notebook in the smoke profile; needs no network     WITH=torch: on torch too
 # make refresh  re-executes in place what is committed: outputs, figures, results
 #
 # PYTHON=python3.12  the Python to make .venv with
@@ -32,8 +32,10 @@ lab: $(READY)
 colab: $(READY)
 	@$(BIN)/python tools/make_colab.py $(NOTEBOOKS)
 
+# Two processes, each with whole files: the cells of a notebook belong together.
 test: $(READY)-test
-	@CLR_PROFILE=smoke CLR_SYNTHETIC=always $(BIN)/python -m pytest $(ARGS)
+	@$(if $(WITH),$(INSTALL) $(WITH))
+	@CLR_PROFILE=smoke CLR_SYNTHETIC=always $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 refresh: $(READY)
 	@CLR_PROFILE=$(PROFILE) $(BIN)/python tools/run_notebooks.py --in-place $(NOTEBOOKS)

@@ -7,7 +7,8 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from hypothesis import assume, example, given
+import tensorflow as tf
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from clr_utils import STEP_FUNCTIONS, cosine, exp_range, one_cycle, triangular, triangular2
@@ -32,8 +33,6 @@ def eager(function):
 
 
 def compiled(function, **options):
-    tf = pytest.importorskip("tensorflow")
-
     def run(iteration, bounds, steps):
         traced = tf.function(lambda i: function(i, bounds, steps), **options)
         return traced(tf.constant(iteration)).numpy()
@@ -241,15 +240,17 @@ def test_int_and_array_agree_at_every_update_of_a_run(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("iteration", [5, np.int32(5), 10**6])
 def test_an_int_gives_a_number(name, iteration):
-    # Fails for one_cycle at 05861cc: its np.where makes an array without dimensions of a number.
+    # numpy.where, which one_cycle needs, would make an array without dimensions of it.
     assert isinstance(STEP_FUNCTIONS[name](iteration, (0.1, 1), 10), float)
 
 
-@given(names_, steps_, iterations_, bounds_, st.sampled_from(["int32", "int64"]))
-@example("cosine", 1000, [2**24 + 1, 2**24 + 3, INT32_MAX], (0.0, 1.0), "int64")
-def test_tensor_agrees_with_array_to_float32(name, steps, iterations, bounds, dtype):
+@settings(max_examples=80)  # each traces anew
+@given(names_, steps_, iterations_, bounds_, st.sampled_from(["int32", "int64"]), st.sampled_from([eager, compiled]))
+@example("cosine", 1000, [2**24 + 1, 2**24 + 3, INT32_MAX], (0.0, 1.0), "int64", eager)
+@example("cosine", 1000, [2**24 + 1, 2**24 + 3, INT32_MAX], (0.0, 1.0), "int32", compiled)
+def test_tensor_eager_or_traced_agrees_with_array_to_float32(name, steps, iterations, bounds, dtype, way):
     iterations = np.array(iterations)
-    tensor = eager(STEP_FUNCTIONS[name])(iterations.astype(dtype), bounds, steps)
+    tensor = way(STEP_FUNCTIONS[name])(iterations.astype(dtype), bounds, steps)
     array = STEP_FUNCTIONS[name](iterations, bounds, steps)
     assert tensor.dtype == np.float32
     # exp_range: float32 rounds the exponent, iteration * log(gamma), and e**x makes a relative error of that.
@@ -302,6 +303,36 @@ def test_triangular_moves_in_equal_small_steps(steps, iterations, bounds):
     iterations = np.array(iterations)
     step = np.abs(triangular(iterations + 1, bounds, steps) - triangular(iterations, bounds, steps))
     np.testing.assert_allclose(step, (bounds[1] - bounds[0]) / steps, rtol=0, atol=1e-14 * bounds[1])
+
+
+# How far one update can move the height of each schedule, in units of 1 / steps.
+STEEPEST = {
+    "triangular": 1,
+    "triangular2": 1,
+    "exp_range": 1,  # and a little for the shrinking, below
+    "cosine": math.pi / 2,
+    "one_cycle": 1 / 0.9,  # the rise is 0.45 of the 2S - 1 updates
+    "one_cycle_cosine": math.pi / 2 / 0.9,
+}
+
+
+@given(names_, st.integers(2, 10**6), st.integers(0, 2**31), st.integers(-2, 2), bounds_)
+@example("triangular2", 10**6, 1, -1, (0.0, 1.0))
+@example("one_cycle", 1000, 1, -1, (0.1, 1.0))
+def test_no_schedule_jumps(name, steps, cycles, beside, bounds):
+    # Where a cycle begins, at its top, and where it ends is where a jump would be.
+    for corner in (0, steps, round(0.45 * (2 * steps - 1)), round(0.9 * (2 * steps - 1))):
+        iteration = max(0, min(2 * steps * (cycles % (INT32_MAX // (2 * steps))) + corner + beside, INT32_MAX - 1))
+        before, after = STEP_FUNCTIONS[name](np.array([iteration, iteration + 1]), bounds, steps)
+        rounding = 2.5 / steps  # the corners of one_cycle lie on whole updates
+        most = (
+            STEEPEST[name] / steps * (1 + (rounding if name.startswith("one_cycle") else 0)) * (bounds[1] - bounds[0])
+        )
+        if name == "exp_range":
+            most += -math.log(0.99994) * (bounds[1] - bounds[0])
+        if name.startswith("one_cycle"):  # the tail falls from the lower bound
+            most = max(most, bounds[0] / max(1, 0.1 * (2 * steps - 1) - 1) * math.pi / 2)
+        assert abs(after - before) <= most * (1 + 1e-9) + 1e-14 * bounds[1]
 
 
 one_cycle_ = st.fixed_dictionaries(
