@@ -1,6 +1,7 @@
 # make run      executes the notebooks into build/ (.ipynb and .html)      PROFILE=smoke | quick | full
 # make lab      opens them in JupyterLab
 # make colab    writes self-contained notebooks into build/colab: one file to upload, nothing to install
+# make html     writes the series as linked pages into build/html, from the committed outputs; opens without a network
 # make test     unit tests, and every notebook in the smoke profile; needs no network     WITH=torch: on torch too
 # make refresh  re-executes in place what is committed: outputs, figures, results
 #
@@ -20,7 +21,7 @@ BIN := $(if $(wildcard $(VENV)/Scripts),$(VENV)/Scripts,$(VENV)/bin)
 READY := $(VENV)/ready-$(notdir $(PIN))
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(PIN),--constraint $(PIN))
 
-.PHONY: run lab colab test refresh clean
+.PHONY: run lab colab html test refresh clean
 .DELETE_ON_ERROR:
 
 run: $(READY)
@@ -31,6 +32,10 @@ lab: $(READY)
 
 colab: $(READY)
 	@$(BIN)/python tools/make_colab.py $(NOTEBOOKS)
+
+html: $(READY)-html
+	@$(BIN)/python -m sphinx -q -E -a -W --keep-going -c tools/html -d build/doctrees . build/html
+	@echo "build/html/index.html"
 
 # Two processes, each with whole files: the cells of a notebook belong together.
 test: $(READY)-test
@@ -51,6 +56,10 @@ $(READY): requirements.txt $(PIN)
 	@$(INSTALL) --requirement requirements.txt
 	@touch $@
 
-$(READY)-test: $(READY) tests/requirements.txt
+$(READY)-html: $(READY) tools/html/requirements.txt
+	@$(INSTALL) --requirement tools/html/requirements.txt
+	@touch $@
+
+$(READY)-test: $(READY)-html tests/requirements.txt
 	@$(INSTALL) --requirement tests/requirements.txt
 	@touch $@
