@@ -1,8 +1,10 @@
 # make run      executes the notebooks into build/ (.ipynb and .html)      PROFILE=smoke | quick | full
 # make lab      opens them in JupyterLab
 # make colab    writes self-contained notebooks into build/colab: one file to upload, nothing to install
+# make badges   where origin is on GitHub: stamps "Open in Colab" into README.md and the notebooks     TAG=v1
 # make html     writes the series as linked pages into build/html, from the committed outputs; opens without a network
 # make test     unit tests, and every notebook in the smoke profile; needs no network     WITH=torch: on torch too
+# make floor    the notebooks and their exercises at the lowest versions that requirements.txt allows, in .venv-floor
 # make refresh  re-executes in place what is committed: outputs, figures, results
 #
 # PYTHON=python3.12  the Python to make .venv with
@@ -21,7 +23,7 @@ BIN := $(if $(wildcard $(VENV)/Scripts),$(VENV)/Scripts,$(VENV)/bin)
 READY := $(VENV)/ready-$(notdir $(PIN))
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(PIN),--constraint $(PIN))
 
-.PHONY: run lab colab html test refresh clean
+.PHONY: run lab colab badges html test floor refresh clean
 .DELETE_ON_ERROR:
 
 run: $(READY)
@@ -33,6 +35,9 @@ lab: $(READY)
 colab: $(READY)
 	@$(BIN)/python tools/make_colab.py $(NOTEBOOKS)
 
+badges: $(READY)
+	@$(BIN)/python tools/stamp_badges.py $(if $(TAG),--tag $(TAG))
+
 html: $(READY)-html
 	@$(BIN)/python -m sphinx -q -E -a -W --keep-going -c tools/html -d build/doctrees . build/html
 	@echo "build/html/index.html"
@@ -42,11 +47,17 @@ test: $(READY)-test
 	@$(if $(WITH),$(INSTALL) $(WITH))
 	@CLR_PROFILE=smoke CLR_SYNTHETIC=always $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+floor:
+	@mkdir -p build && sed -n 's/>=\([0-9.]*\).*/==\1.*/p' requirements.txt > build/floor.txt
+	@$(MAKE) --no-print-directory .venv-floor/ready-floor.txt VENV=.venv-floor PIN=build/floor.txt
+	@.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/floor.txt pytest
+	@CLR_PROFILE=smoke CLR_SYNTHETIC=always .venv-floor/bin/python -m pytest -o addopts= tests/test_exercises.py
+
 refresh: $(READY)
 	@CLR_PROFILE=$(PROFILE) $(BIN)/python tools/run_notebooks.py --in-place $(NOTEBOOKS)
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) .venv-floor build
 
 $(READY): requirements.txt $(PIN)
 	@$(PYTHON) -c '$(HAS_WHEEL)' 2> /dev/null || { echo "$(PYTHON) will not do: TensorFlow runs on 64-bit CPython 3.10 to 3.13" \

@@ -2135,8 +2135,13 @@ def _described(config, names):
     """A configuration without what differs between versions of Keras or between two calls: names, defaults of None."""
     if isinstance(config, dict):
         dropped = {"module", "registered_name", "build_config", "keras_version", "backend"}
+        if not config.get("renorm"):
+            dropped |= {"renorm_momentum"}  # listed since Keras 3.15, also where it has no effect
         if "Policy" not in str(config.get("class_name")):
             config = {**config, "config": _without_name(config["config"])} if "config" in config else config
+        for key in ("input_layers", "output_layers"):  # the only one is [name, 0, 0], or before Keras 3.12 [that]
+            if len(config.get(key) or "") == 1:
+                config = {**config, key: config[key][0]}
         return {
             key: _described(value, names)
             for key, value in config.items()

@@ -15,6 +15,7 @@ import re
 import zipfile
 
 import nbformat
+import stamp_badges
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGET = ROOT / "build" / "colab"
@@ -45,15 +46,17 @@ def main(arguments=None):
 
 def self_contained(notebook, name):
     """The notebook with its third cell, which finds clr_utils.py, replaced by one that brings it along."""
-    results = sorted((ROOT / "figures" / "results").glob(f"{name[:2]}_*.jsonl"))
+    number = name[:2]
+    along = [ROOT / "clr_utils.py", *sorted((ROOT / "notebooks").glob(f"{number}_*.py"))]
+    results = sorted((ROOT / "figures" / "results").glob(f"{number}_*.json*"))
     notebook.cells[2].source = CELL.format(
-        results=" and the recorded runs" if results else "", packed=packed([ROOT / "clr_utils.py", *results])
+        results=" and the recorded results" if results else "", packed=packed(along + results)
     )
     notebook.cells[2].metadata["jupyter"] = {"source_hidden": True}
     notebook.cells[2].metadata["cellView"] = "form"  # Colab's way of folding a cell
     for cell in notebook.cells:
         if cell.cell_type == "markdown":  # the other notebooks are not beside this one
-            cell.source = re.sub(r"\[([^\]]+)\]\(\d\d_\w+\.ipynb[^)]*\)", r"\1", cell.source)
+            cell.source = re.sub(r"\[([^\]]+)\]\(\d\d_\w+\.ipynb[^)]*\)", r"\1", stamp_badges.unstamped(cell.source))
     return notebook
 
 

@@ -6,6 +6,12 @@ README.md to the notebooks and back are found as they are. index.html only leads
 
 import json
 import operator
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from stamp_badges import unstamped  # noqa: E402
 
 project = "Cyclical learning rates"
 html_title = project
@@ -31,9 +37,11 @@ html_show_search_summary = False  # fetches the pages found, which browsers forb
 def prepare(app, docname, source):
     """Adds what Sphinx wants to know and the repository's files do not say in its way."""
     if docname == root_doc:  # the order of the pages, for the sidebar and the links to the next and the previous one
+        source[0] = unstamped(source[0])  # badges are pictures from the network
         source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\nnotebooks/*\n```\n"
         return
     notebook = json.loads(source[0])
+    notebook["cells"][0]["source"] = unstamped("".join(notebook["cells"][0]["source"]))
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
             image = output.get("metadata", {}).get("image/png", {})
