@@ -234,6 +234,13 @@ def test_code_is_that_of_the_recorded_lines():
     assert {line["code"] for line in recorded} == {clr_utils.code_of(run, 60000, 10000)}
 
 
+def test_code_of_a_network_with_branches_and_batchnorm_is_the_same_with_every_version_of_keras():
+    def rates(updates):
+        return CLR((0.1, 3.5), updates // 2, 0.9)
+
+    assert clr_utils.code_of(Run("", lambda: clr_utils.residual_network(8, 1), rates), 640, 64) == "8b76e836705d"
+
+
 # ---- divergence
 
 
