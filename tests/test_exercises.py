@@ -44,6 +44,11 @@ WRONG_ANSWERS = {
         "answer = 2  # one for the flips, one for the shifts",
         "def steps_to_zero(iteration, bounds, steps):\n    return bounds[1] * (1 - iteration / (2 * steps))",
     ],
+    "05_scaling_out": [
+        "steps = 10 * -(-50_000 // 256) // 4  # as if the counter counted updates",
+        "answer = 2**20",
+        "rule = RULES['linear']",
+    ],
 }
 
 # Between exercises: the names are as the notebook left them. What a solution changes inside an object stays changed.
