@@ -2232,6 +2232,23 @@ def _append_line(path, line):
 # Okabe & Ito's colours, distinct for colour-blind readers; with dashes, also in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MARKERS = "osD^vP*"
+STYLES = {  # the colour, dashes and marker of a way to train: the same in every figure; no figure holds two that share
+    "SGD": 0,
+    "constant": 0,
+    "constant 0.35": 0,
+    "1cycle": 1,
+    "CLR triangle": 2,
+    "triangle": 2,
+    "CLR 0.1-3.5": 2,
+    "Adam": 3,
+    "Adam, default": 3,
+    "cosine decay": 3,
+    "AdamW 1cycle": 4,
+    "linear decay": 5,
+    "constant 3.5": 5,
+    "step decay": 6,
+}
 DIVERGED = {"marker": "o", "linestyle": "", "fillstyle": "none", "color": "black", "markersize": 9, "zorder": 4}
 FIGURE_WIDTH = 8.0  # inches, for every figure of the series
 FIGURE_DPI = 120
@@ -2259,6 +2276,17 @@ def new_axes(rows=1, columns=1, *, height=3.2, heights=None):
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
     return axes.flatten()
+
+
+def styles_of(names):
+    """{name: colour, linestyle and marker for plot}: those of STYLES; other names take what is left, in order."""
+    names = list(dict.fromkeys(names))
+    free = (n for n in range(len(COLOURS)) if n not in {STYLES.get(name) for name in names})
+    chosen = {}
+    for name in names:
+        n = STYLES.get(name)
+        chosen[name] = next(free) if n is None or n in chosen.values() else n
+    return {name: {"color": COLOURS[n], "linestyle": DASHES[n], "marker": MARKERS[n]} for name, n in chosen.items()}
 
 
 def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ax=None):
@@ -2323,7 +2351,7 @@ def plot_training(loss, learning_rate, momentum, *, source, smoothing=0.97, axes
     axes[2].plot(loss, color="0.75", linewidth=0.6, label="each update")
     axes[2].plot(smoothed, color=COLOURS[2], linewidth=1.8, label="smoothed")
     axes[2].set(xlabel="update", ylabel="training loss\n(cross-entropy)", yscale="log")
-    axes[2].legend(loc="upper right", frameon=False)
+    axes[2].legend(loc="upper right", ncols=2, frameon=False)
     if source == "synthetic":
         mark_synthetic(axes[0].figure)
     print(
@@ -2406,15 +2434,16 @@ def plot_runs(lines, *, smoothing=0.0, axes=None):
     """
     by_run = _drawable(lines)
     axes = new_axes(rows=3, height=6.4, heights=(1, 1, 2.2)) if axes is None else axes
-    for n, (name, by_seed) in enumerate(by_run.items()):
-        style = {"color": COLOURS[n], "linestyle": DASHES[n]}
+    styles = styles_of(by_run)
+    for name, by_seed in by_run.items():
+        style = {**styles[name], "marker": ""}
         curve = next(iter(by_seed.values()))["curve"]
         axes[0].plot(curve["update"], curve["learning_rate"], **style)
         if curve["momentum"] is not None:
             axes[1].plot(curve["update"], curve["momentum"], **style)
         losses = [np.array([math.nan if v is None else v for v in r["curve"]["loss"]]) for r in by_seed.values()]
         for loss in losses:
-            axes[2].plot(curve["update"], smooth(loss, smoothing), color=COLOURS[n], linewidth=0.5, alpha=0.35)
+            axes[2].plot(curve["update"], smooth(loss, smoothing), color=style["color"], linewidth=0.5, alpha=0.35)
         mean = smooth(np.mean(losses, axis=0), smoothing)
         axes[2].plot(curve["update"], mean, **style, linewidth=1.8, label=name)
     axes[0].set_ylabel("learning rate")

@@ -20,14 +20,15 @@ parser.add_argument("--batch-size", type=int, default=256, help="of all devices 
 parser.add_argument("--updates", type=int, default=200)
 parser.add_argument("--save", type=pathlib.Path, help="where the first process writes the weights (.npz)")
 options = parser.parse_args()
-if options.devices:  # JAX reads it when it starts
+if options.devices:  # JAX reads these when it starts
+    os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
 
 for folder in pathlib.Path(__file__).resolve().parents:
     if (folder / "clr_utils.py").is_file():
         sys.path.insert(0, str(folder))
         break
-import clr_utils  # noqa: E402  # imports Keras too, so before it
+import clr_utils  # noqa: E402  # isort: skip  # imports Keras without TensorFlow's greetings, so it comes first
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 
@@ -37,8 +38,9 @@ if keras.backend.backend() == "jax":
     import jax
 
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
-    processes, me, on_all_devices = jax.process_count(), jax.process_index(), contextlib.nullcontext()
-else:
+    processes, me, devices = jax.process_count(), jax.process_index(), jax.device_count()
+    on_all_devices = contextlib.nullcontext()
+elif keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
     if options.devices:
@@ -47,7 +49,9 @@ else:
         strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(options.devices)])
     else:
         strategy = tf.distribute.MirroredStrategy()
-    processes, me, on_all_devices = 1, 0, strategy.scope()
+    processes, me, devices, on_all_devices = 1, 0, strategy.num_replicas_in_sync, strategy.scope()
+else:
+    parser.error(f"KERAS_BACKEND={keras.backend.backend()}: Keras trains on several devices with tensorflow or jax")
 if options.batch_size % processes:
     parser.error(f"--batch-size {options.batch_size}: it must be a multiple of the {processes} processes")
 
@@ -67,8 +71,8 @@ start = time.perf_counter()
 history = model.fit(images[order], labels[order], batch_size=share, shuffle=False, verbose=0).history
 if me == 0:
     print(
-        f"{keras.backend.backend()}, {processes} process(es): {options.updates} updates of {options.batch_size} images "
-        f"in {time.perf_counter() - start:.1f} s, loss {history['loss'][-1]:.5f}"
+        f"{keras.backend.backend()}, processes: {processes}, devices: {devices}; {options.updates} updates "
+        f"of {options.batch_size} images in {time.perf_counter() - start:.1f} s, loss {history['loss'][-1]:.5f}"
     )
     if options.save:
         np.savez(options.save, *model.get_weights())
