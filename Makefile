@@ -50,7 +50,7 @@ test: $(READY)-test
 floor:
 	@mkdir -p build && sed -n 's/>=\([0-9.]*\).*/==\1.*/p' requirements.txt > build/floor.txt
 	@$(MAKE) --no-print-directory .venv-floor/ready-floor.txt VENV=.venv-floor PIN=build/floor.txt
-	@.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/floor.txt pytest
+	@.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/floor.txt pytest hypothesis
 	@CLR_PROFILE=smoke CLR_SYNTHETIC=always .venv-floor/bin/python -m pytest -o addopts= tests/test_exercises.py
 
 refresh: $(READY)
