@@ -42,10 +42,11 @@ html: $(READY)-html
 	@$(BIN)/python -m sphinx -q -E -a -W --keep-going -c tools/html -d build/doctrees . build/html
 	@echo "build/html/index.html"
 
-# Two processes, each with whole files: the cells of a notebook belong together.
+# Two processes, each with whole files: the cells of a notebook belong together. `make floor` runs the exercises.
+test: SLOW = --ignore=tests/test_exercises.py
 test: $(READY)-test
 	@$(if $(WITH),$(INSTALL) $(WITH))
-	@CLR_PROFILE=smoke CLR_SYNTHETIC=always $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@CLR_PROFILE=smoke CLR_SYNTHETIC=always $(BIN)/python -m pytest -n 2 --dist loadfile $(SLOW) $(ARGS)
 
 floor:
 	@mkdir -p build && sed -n 's/>=\([0-9.]*\).*/==\1.*/p' requirements.txt > build/floor.txt
