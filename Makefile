@@ -42,8 +42,11 @@ html: $(READY)-html
 	@$(BIN)/python -m sphinx -q -E -a -W --keep-going -c tools/html -d build/doctrees . build/html
 	@echo "build/html/index.html"
 
-# Two processes, each with whole files: the cells of a notebook belong together. `make floor` runs the exercises.
+# Two processes, each with whole files (the cells of a notebook belong together) and one thread for the arithmetic, or
+# they would fight for the same cores. `make floor` runs the exercises.
 test: SLOW = --ignore=tests/test_exercises.py
+test: export TF_NUM_INTRAOP_THREADS = 1
+test: export OMP_NUM_THREADS = 1
 test: $(READY)-test
 	@$(if $(WITH),$(INSTALL) $(WITH))
 	@CLR_PROFILE=smoke CLR_SYNTHETIC=always $(BIN)/python -m pytest -n 2 --dist loadfile $(SLOW) $(ARGS)
