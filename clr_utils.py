@@ -2139,7 +2139,7 @@ def _described(config, names):
             dropped |= {"renorm_momentum"}  # listed since Keras 3.15, also where it has no effect
         if "Policy" not in str(config.get("class_name")):
             config = {**config, "config": _without_name(config["config"])} if "config" in config else config
-        for key in ("input_layers", "output_layers"):  # the only one is [name, 0, 0], or before Keras 3.12 [that]
+        for key in ("input_layers", "output_layers"):  # the only one is [name, 0, 0], in Keras 3.10 [that]
             if len(config.get(key) or "") == 1:
                 config = {**config, key: config[key][0]}
         return {
@@ -2281,6 +2281,8 @@ def new_axes(rows=1, columns=1, *, height=3.2, heights=None):
 def styles_of(names):
     """{name: colour, linestyle and marker for plot}: those of STYLES; other names take what is left, in order."""
     names = list(dict.fromkeys(names))
+    if len(names) > len(COLOURS):
+        raise ValueError(f"{len(names)} names: at most {len(COLOURS)} can be told apart in one picture.")
     free = (n for n in range(len(COLOURS)) if n not in {STYLES.get(name) for name in names})
     chosen = {}
     for name in names:

@@ -653,17 +653,16 @@ def _(this):
 @feature("two processes (keras.distribution over jax.distributed)", backends=("jax",), beyond_sgd=True)
 def _(this):
     with temporary_folder() as folder:
+        address = f"127.0.0.1:{free_port()}"
         environments = [
             {
                 "XLA_FLAGS": "",
-                "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{free_port()}",
+                "KERAS_DISTRIBUTION_JOB_ADDRESSES": address,
                 "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
                 "KERAS_DISTRIBUTION_PROCESS_ID": str(me),
             }
             for me in range(2)
         ]
-        for environment in environments[1:]:  # one port for both
-            environment["KERAS_DISTRIBUTION_JOB_ADDRESSES"] = environments[0]["KERAS_DISTRIBUTION_JOB_ADDRESSES"]
         with child_processes(*[["--process", folder]] * 2, environments=environments) as both:
             for process in both:
                 said, _ = process.communicate(timeout=TIME_LIMIT / 5)

@@ -459,3 +459,13 @@ except ImportError as error:
     assert (done.returncode, done.stderr) == (0, "")
     rate, missing = done.stdout.split()
     assert float(rate) == pytest.approx(0.3) and missing.startswith("matplotlib")
+
+
+def test_a_way_to_train_looks_the_same_in_every_picture_and_like_no_other():
+    alone, together = (clr_utils.styles_of(names)["1cycle"] for names in (["1cycle"], ["mine", "Adam", "1cycle"]))
+    assert alone == together
+    for names in (list(clr_utils.STYLES)[:7], ["SGD", "constant", "constant 0.35"], [f"row {n}" for n in range(7)]):
+        styles = clr_utils.styles_of(names)
+        assert list(styles) == names and len({style["color"] for style in styles.values()}) == len(names)
+    with pytest.raises(ValueError, match="8 names"):
+        clr_utils.styles_of([f"row {n}" for n in range(8)])
