@@ -2,23 +2,24 @@
 
     python tests/bench_runner.py [ROUNDS]
 
-One epoch of 800 updates of the MNIST network at batch 32, one process, the contestants one after the other in each
-round, tracing done before. "fit" is Keras's own training on the same pipeline without recording. Each number is the
-median over the rounds of the ratio in the same round. PyTorch is timed where it is installed, on batches cut from
-shuffled tensors in memory (without a DataLoader, which is slower). Nothing else should run on the machine.
+One epoch of 800 updates of the MNIST network at batch 32, measured as timing.py does it. "fit" is Keras's own training
+on the same pipeline without recording. Each ratio is the median over the rounds of the ratio in the same round. PyTorch
+is timed where it is installed, on batches cut from shuffled tensors in memory (without a DataLoader, which is slower).
+Nothing else should run on the machine.
 """
 
+import argparse
 import pathlib
 import statistics
 import sys
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import clr_utils  # isort: skip  # imports Keras, so it comes first
 import numpy as np
+from bench_update import torch_mnist_network
+from timing import alternating, ratio
 
-ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
 UPDATES, BATCH_SIZE, PEAK = 800, 32, 0.05
 
 rng = np.random.default_rng(0)
@@ -46,9 +47,7 @@ def epoch_in_torch():
     import torch
     from torch import nn
 
-    layers = [nn.Conv2d(1, 32, 3, stride=2), nn.ReLU(), nn.Conv2d(32, 16, 3), nn.ReLU()]
-    layers += [nn.Conv2d(16, 20, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(500, 64), nn.Linear(64, 10)]
-    model, loss_of = nn.Sequential(*layers), nn.CrossEntropyLoss()
+    model, loss_of = torch_mnist_network(nn), nn.CrossEntropyLoss()
     assert sum(p.numel() for p in model.parameters()) == clr_utils.mnist_network().count_params()
     x, y = torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 
@@ -64,25 +63,24 @@ def epoch_in_torch():
     return epoch
 
 
-contestants = {"fit": epoch_in_keras(False), "runner": epoch_in_keras(True)}
-try:
-    contestants["torch"] = epoch_in_torch()
-except ImportError:
-    print("PyTorch is not installed: not timed")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", nargs="?", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    contestants = {"fit": epoch_in_keras(False), "runner": epoch_in_keras(True)}
+    try:
+        contestants["PyTorch"] = epoch_in_torch()
+    except ImportError:
+        print("PyTorch is not installed: not timed", file=sys.stderr)
+    seconds = alternating(contestants, rounds)
+    print(clr_utils.describe_machine())
+    for name, times in seconds.items():
+        print(f"{name:7} {UPDATES / statistics.median(times):6.0f} updates/s")
+    for yardstick in ("fit", "PyTorch"):
+        if yardstick in seconds:
+            low, median, high = ratio(seconds["runner"], seconds[yardstick])
+            print(f"runner / {yardstick}: {median:.3f} (quartiles {low:.3f} to {high:.3f})")
 
-print(clr_utils.describe_machine())
-seconds = {name: [] for name in contestants}
-for round_number in range(-1, ROUNDS):  # the first one compiles
-    turn = round_number % len(contestants)
-    for name in [*contestants][turn:] + [*contestants][:turn]:
-        start = time.perf_counter()
-        contestants[name]()
-        if round_number >= 0:
-            seconds[name].append(time.perf_counter() - start)
-for name, times in seconds.items():
-    print(f"{name:7} {UPDATES / statistics.median(times):6.0f} updates/s")
-for first, second in (("runner", "fit"), ("runner", "torch")):
-    if second in seconds:
-        ratios = [a / b for a, b in zip(seconds[first], seconds[second])]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        print(f"{first} / {second}: {statistics.median(ratios):.3f} (quartiles {low:.3f} to {high:.3f})")
+
+if __name__ == "__main__":
+    main()

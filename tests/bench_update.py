@@ -3,11 +3,11 @@
     KERAS_BACKEND=jax python tests/bench_update.py [ROUNDS]     # this backend, as a table
     python tests/bench_update.py [ROUNDS] --all --write         # each backend in turn, kept for notebook 05
 
-The MNIST network (batches of 32) and the small residual network (batches of 128), one process for a backend, the
-contestants one after the other in each round. A ratio is the median over the rounds of the ratio to SGD in the same
-round, so that a slow moment hits all of them. Compiled as Keras does by itself; "in one call" compiles many updates
-into one (steps_per_execution). PyTorch, where it is installed, trains the same layers in its own loop with SGD and
-OneCycleLR, on batches cut from tensors in memory. Nothing else should run on the machine.
+The MNIST network (batches of 32) and the small residual network (batches of 128), one process for a backend, measured
+as timing.py does it. A ratio is the median over the rounds of the ratio to SGD in the same round. Compiled as Keras
+does by itself; "in one call" compiles many updates into one (steps_per_execution). PyTorch, where it is installed,
+trains the same layers in its own loop with SGD and OneCycleLR, on batches cut from tensors in memory. Nothing else
+should run on the machine.
 """
 
 import argparse
@@ -17,13 +17,13 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import clr_utils  # isort: skip  # imports Keras, so it comes first
 import keras
 import numpy as np
+from timing import alternating, ratio
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "figures" / "results" / "05_updates.json"
@@ -128,17 +128,10 @@ def measure(rounds, only=None):
         rng = np.random.default_rng(0)
         images = rng.random((updates * batch_size, *shape), dtype="float32")
         trainings = contestants(network, images, rng.integers(0, 10, len(images)), batch_size, in_one_call)
-        seconds = {contestant: [] for contestant in trainings}
-        for round_number in range(-1, rounds):  # the first one compiles
-            turn = round_number % len(trainings)
-            for contestant in [*trainings][turn:] + [*trainings][:turn]:
-                start = time.perf_counter()
-                trainings[contestant]()
-                if round_number >= 0:
-                    seconds[contestant].append(time.perf_counter() - start)
+        seconds = alternating(trainings, rounds)
         for contestant, times in seconds.items():
             yardstick = seconds["SGD, in one call" if "in one call" in contestant else "SGD"]
-            low, ratio, high = statistics.quantiles([a / b for a, b in zip(times, yardstick)], n=4)
+            low, median, high = ratio(times, yardstick)
             rows.append(
                 {
                     "backend": keras.backend.backend(),
@@ -146,7 +139,7 @@ def measure(rounds, only=None):
                     "batch_size": batch_size,
                     "contestant": contestant,
                     "updates_per_second": round(updates / statistics.median(times), 1),
-                    "ratio_to_sgd": round(ratio, 3),
+                    "ratio_to_sgd": round(median, 3),
                     "quartiles": [round(low, 3), round(high, 3)],
                     "rounds": rounds,
                     "hardware": clr_utils.describe_machine(),

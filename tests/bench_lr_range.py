@@ -1,0 +1,67 @@
+"""What an LR range test costs: against `fit` on arrays for the same number of updates.
+
+    python tests/bench_lr_range.py [ROUNDS]
+
+The MNIST network at batch 32, 600 updates, one process, the two alternating, each on a fresh model, so that both
+include building and tracing it; then the same without, as the time that 2,400 further updates take. Each number is the
+median over the rounds of the ratio in the same round. Nothing else should run on the machine.
+"""
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import clr_utils  # isort: skip  # imports Keras, so it comes first
+import keras
+import numpy as np
+from timing import alternating, ratio
+
+SHORT, LONG, BATCH_SIZE = 600, 3000, 32  # updates, updates, images
+
+
+def contestants():
+    rng = np.random.default_rng(0)
+    x = rng.random((LONG * BATCH_SIZE, 28, 28), dtype="float32")
+    y = rng.integers(0, 10, len(x))
+
+    def new_model():
+        model = clr_utils.mnist_network()
+        model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "sparse_categorical_crossentropy", metrics=["accuracy"])
+        return model
+
+    def fit(updates):
+        images = updates * BATCH_SIZE
+        new_model().fit(x[:images], y[:images], batch_size=BATCH_SIZE, verbose=0)
+
+    def range_test(updates):
+        options = {"lr_bounds": (1e-6, 1e-3), "num_steps": updates, "stop_factor": float("inf")}
+        clr_utils.lr_range_test(new_model(), x, y, **options)
+
+    return {
+        (name, updates): lambda train=train, updates=updates: train(updates)
+        for name, train in [("fit", fit), ("range test", range_test)]
+        for updates in (SHORT, LONG)
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", nargs="?", type=int, default=7)
+    seconds = alternating(contestants(), parser.parse_args().rounds, rehearse=False)
+    further = {
+        name: [long - short for short, long in zip(seconds[name, SHORT], seconds[name, LONG])]
+        for name in ("fit", "range test")
+    }
+    print(clr_utils.describe_machine())
+    for what, test, fit in [
+        (f"{SHORT} updates with building and tracing", seconds["range test", SHORT], seconds["fit", SHORT]),
+        (f"{LONG - SHORT} further updates", further["range test"], further["fit"]),
+    ]:
+        low, median, high = ratio(test, fit)
+        print(f"{what}: range test / fit {median:.2f} (quartiles {low:.2f} to {high:.2f})")
+
+
+if __name__ == "__main__":
+    main()
