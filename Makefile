@@ -30,7 +30,7 @@ run: $(READY)
 	@CLR_PROFILE=$(PROFILE) $(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)
 
 lab: $(READY)
-	@CLR_PROFILE=$(PROFILE) $(BIN)/python -m jupyter lab notebooks
+	@CLR_PROFILE=$(PROFILE) $(BIN)/python -m jupyter lab notebooks $(ARGS)
 
 colab: $(READY)
 	@$(BIN)/python tools/make_colab.py $(NOTEBOOKS)
