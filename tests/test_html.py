@@ -126,7 +126,7 @@ def test_every_figure_has_its_alternative_text(site):
         assert all(len(alt) > 30 for alt in Page(site / name).alts)
 
 
-@pytest.mark.parametrize("width, height", [(390, 844), (1280, 900)])
+@pytest.mark.parametrize("width, height", [(390, 844), (1280, 900), (1440, 900)])
 def test_readable_and_nothing_cut(site, visit, width, height):
     tab = visit(width, height)
     for name, scheme in itertools.product(PAGES, ("light", "dark")):
