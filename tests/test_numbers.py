@@ -61,7 +61,7 @@ ARITHMETIC = {
         "or 62%": "100 * 0.999**471",
         "gives 60%": "mean(last('CLR 0.1-3.5'))",
         "end near 60%": "mean(last('CLR 0.1-3.5') + last('BatchNorm 0.99'))",
-        "and 24% (": "mean(last('BatchNorm 0.999'))",
+        "and 24%, with": "mean(last('BatchNorm 0.999'))",
         "ends near 24%": "mean(last('BatchNorm 0.999'))",
         # Equal budgets.
         "ended at 36%": "min(last('constant'))",
