@@ -170,7 +170,7 @@ def computed(expression, name):
             100 * (line["every_epoch"]["accuracy"][epoch - 1] if epoch else line["test_accuracy"]) for line in lines
         ]
 
-    names = {"last": last, "mean": fmean, "min": min, "t": lambda n: stdtrit(n - 1, 0.975)}
+    names = {"last": last, "mean": fmean, "min": min, "max": max, "t": lambda n: stdtrit(n - 1, 0.975)}
     return eval(expression, {"__builtins__": {}, **names})
 
 
