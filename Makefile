@@ -1,5 +1,5 @@
 # make run      executes the notebooks into build/ (.ipynb and .html)      PROFILE=smoke | quick | full
-# make lab      opens them in JupyterLab
+# make lab      opens them in JupyterLab     ARGS=--port=8889: what Jupyter is told besides
 # make colab    writes self-contained notebooks into build/colab: one file to upload, nothing to install
 # make badges   where origin is on GitHub: stamps "Open in Colab" into README.md and the notebooks     TAG=v1
 # make html     writes the series as linked pages into build/html, from the committed outputs; opens without a network

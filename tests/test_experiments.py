@@ -514,3 +514,5 @@ def test_the_tables_of_the_readme_are_those_of_the_recorded_lines():
         recorded = lines(ROOT / "figures" / "results" / f"{experiment}.jsonl")
         kept = [line for row in rows.split("; ") for line in recorded if line["run"] == row]
         assert clr_utils.results_table(kept).markdown() == table, "paste the left one into README.md"
+        hardware = "; ".join(sorted({line["hardware"] for line in kept}))
+        assert f"{table}\n\nTrained on: {hardware}.\n" in readme

@@ -1,5 +1,6 @@
 """make and tools/run_notebooks.py: what a stranger types first."""
 
+import functools
 import math
 import os
 import pathlib
@@ -9,6 +10,7 @@ import sys
 
 import nbformat
 import pytest
+import timing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -149,6 +151,14 @@ def test_no_run_is_started_that_would_not_end_in_time(rows, trained, monkeypatch
     with pytest.raises(train_rows.OutOfTime, match="constant 0.35"):
         rows["plan"](tiny(rows["POST"]), trainer.train)
     assert len(trained) == 2 and now[0] == 80
+
+
+def test_benchmarks_take_turns_and_compare_within_a_round():
+    calls, contestants = [], ("a", "b", "c")
+    seconds = timing.alternating({name: functools.partial(calls.append, name) for name in contestants}, 3)
+    assert "".join(calls) == "cab" + "abc" + "bca" + "cab"  # the first round is the rehearsal
+    assert list(seconds) == list(contestants) and all(len(times) == 3 for times in seconds.values())
+    assert timing.ratio([2.0, 9.0, 8.0], [1.0, 3.0, 8.0])[1] == 2  # not 8 / 3, of the medians
 
 
 def test_operations_of_a_training_step():
