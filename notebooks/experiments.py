@@ -1,8 +1,11 @@
 """What the notebooks share: data, networks, training runs from seeds, intervals, and the pictures that compare."""
 
+import ast
 import contextlib
+import functools
 import hashlib
 import http.client
+import inspect
 import itertools
 import json
 import math
@@ -11,9 +14,14 @@ import os
 import pathlib
 import pickle
 import platform
+import random
+import re
+import sys
 import tarfile
 import tempfile
+import textwrap
 import time
+import types
 import urllib.request
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,6 +29,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
 
 @contextlib.contextmanager
@@ -41,18 +52,20 @@ with _quiet_native_stderr():
     import keras
     from keras import ops
 
+import clr_utils
 from clr_utils import (
     CLR,
     COLOURS,
     DASHES,
     MARKERS,
     CyclicalLR,
-    _Record,
-    _without_autotune,
     current_values,
     new_axes,
+    settle_batch_norm,
     smooth,
 )
+
+ROOT = pathlib.Path(clr_utils.__file__).resolve().parent  # figures/ and recorded results are beside clr_utils.py
 
 # ---------------------------------------------------------------------------------------------------------
 # Data
@@ -376,8 +389,61 @@ def _in_blocks(draw, size, part, block=1000):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Models
+# Networks
 # ---------------------------------------------------------------------------------------------------------
+
+
+@keras.saving.register_keras_serializable(package="experiments")
+class BatchNormalization(keras.layers.BatchNormalization):
+    """`keras.layers.BatchNormalization`, trained through the backend's fused kernel: the same mathematics, faster.
+
+    Keras 3 computes mean, variance and the scaling one after the other, each a pass over memory in float32 (also for
+    half-precision inputs). TensorFlow and torch have one kernel for all of it. It is used in training where the
+    features are the last of four axes and nothing asks for more (masks, renorm, `synchronized`, JAX); everything else
+    goes Keras's own way, inference too. Arguments, weights, files and running statistics are those of Keras's layer.
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.
+    """
+
+    def call(self, inputs, training=None, mask=None):
+        fused = {"tensorflow": _fused_on_tensorflow, "torch": _fused_on_torch}.get(keras.backend.backend())
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        plain = mask is None and not self.synchronized and not getattr(self, "renorm", False)
+        plain = (
+            plain and len(inputs.shape) == 4 and self.axis in (-1, 3) and dtype in ("float32", "float16", "bfloat16")
+        )
+        if not (training and self.trainable and plain and fused):
+            return super().call(inputs, training=training, mask=mask)
+        features = (inputs.shape[-1],)
+        gamma = ops.convert_to_tensor(self.gamma) if self.scale else ops.ones(features)
+        beta = ops.convert_to_tensor(self.beta) if self.center else ops.zeros(features)
+        outputs, mean, variance = fused(inputs, ops.cast(gamma, "float32"), ops.cast(beta, "float32"), self.epsilon)
+        for moving, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(moving * self.momentum + ops.stop_gradient(new) * (1.0 - self.momentum))
+        return ops.cast(outputs, self.compute_dtype)
+
+
+def _fused_on_tensorflow(x, gamma, beta, epsilon):
+    """(outputs, mean, variance of the batch), the last two (features,) in float32."""
+    import tensorflow as tf
+
+    x = tf.convert_to_tensor(x)
+    outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=x, scale=gamma, offset=beta, mean=[], variance=[], epsilon=epsilon, is_training=True
+    )
+    values = tf.cast(tf.size(x) // x.shape[-1], tf.float32)
+    return outputs, mean, variance * (values - 1) / values  # the kernel returns the variance over n - 1, Keras keeps n
+
+
+def _fused_on_torch(x, gamma, beta, epsilon):
+    """The same on torch, whose kernel wants the features in front; the view costs nothing."""
+    import torch
+
+    x = x.permute(0, 3, 1, 2)
+    mean, variance = torch.zeros_like(gamma), torch.zeros_like(gamma)
+    outputs = torch.nn.functional.batch_norm(x, mean, variance, gamma, beta, training=True, momentum=1.0, eps=epsilon)
+    values = x.numel() // x.shape[1]
+    return outputs.permute(0, 2, 3, 1), mean, variance * (values - 1) / values
 
 
 def mnist_network():
@@ -419,7 +485,7 @@ def residual_network(width=128, blocks=8, batch_norm_momentum=0.95):
 
     def convolution(x, filters, size, **options):
         x = layers.Conv2D(filters, size, **options)(x)
-        return layers.ReLU()(layers.BatchNormalization(momentum=batch_norm_momentum)(x))
+        return layers.ReLU()(BatchNormalization(momentum=batch_norm_momentum)(x))
 
     images = keras.Input((32, 32, 3))
     x = layers.Rescaling(1 / 127.5, offset=-1)(images)
@@ -430,7 +496,18 @@ def residual_network(width=128, blocks=8, batch_norm_momentum=0.95):
         x = convolution(layers.Concatenate()([y, x]), width, 1)
     x = convolution(x, width, 3)
     x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(images, layers.Dense(10, activation="softmax")(x))
+    return keras.Model(images, layers.Dense(10, activation="softmax", dtype="float32")(x))
+
+
+def augmented(make_model):
+    """The network that `make_model` makes, with random flips, and shifts by up to 4 pixels, in front.
+
+    They are layers, part of the model: active in training only.
+    """
+    layers = keras.layers
+    model = make_model()
+    shift = layers.RandomTranslation(4 / 32, 4 / 32, fill_mode="constant", interpolation="nearest")
+    return keras.Sequential([keras.Input(model.input_shape[1:]), layers.RandomFlip("horizontal"), shift, model])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -451,7 +528,9 @@ def describe_machine():
     backend = keras.backend.backend()
     names = _gpu_names(backend)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = f"{len(names)} x {names[0]}" if names else f"{cores} CPU cores ({platform.machine()})"
+    threads = int(os.environ.get("OMP_NUM_THREADS", cores))
+    cpu = f"{cores} CPU cores" if threads >= cores else f"{threads} of {cores} CPU cores"
+    device = f"{len(names)} x {names[0]}" if names else f"{cpu} ({platform.machine()})"
     version = __import__(backend).__version__
     return f"Python {platform.python_version()}, Keras {keras.__version__} on {backend} {version}, {device}"
 
@@ -472,20 +551,227 @@ def _gpu_names(backend):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Experiments: each training is one line in figures/results/<experiment>.jsonl
+# What decides the result of a run, in twelve digits
+# ---------------------------------------------------------------------------------------------------------
+
+PROCEDURE = 1  # part of every run's code: raise it with a change to `_train` that changes what it gives
+NOT_OURS = ("builtins", "clr_utils", "experiments", "jax", "keras", "numpy", "tensorflow", "torch")
+
+
+def code_of(run, train_size, test_size, part="test"):
+    """A hash of what decides the result of a run: model, optimizer, epochs, batch size, and the data but their pixels.
+
+    The same under every backend and version of Keras: made from the configurations without names and default values.
+    What no configuration shows is added where there is any: state that the optimizer was given after it was made
+    (`exclude_from_weight_decay`), weights that were set, the source of functions and classes of your own with the
+    values that they refer to. Seeds that Keras draws for layers belong to the seed of the run, not to its code.
+
+    Raises:
+        ValueError: if make_model or make_optimizer hands out the same object twice.
+    """
+    models, optimizers = [], []
+    for seed in (0, 1):
+        with _random_states_kept(), _built_in(run.precision):
+            keras.utils.set_random_seed(seed)
+            models.append(run.make_model())
+            optimizers.append(run.make_optimizer(_updates_of(run, train_size)))
+    _check_made_anew(run, models, optimizers)
+    described = [_described_model(model) for model in models]
+    what = [
+        PROCEDURE,
+        _but_for_seeds(*described),
+        _described(keras.saving.serialize_keras_object(optimizers[0]), {}),
+        [run.epochs, run.batch_size, train_size, test_size, part],
+    ]
+    hidden = [_set_weights(*models), _state_beside_config(optimizers[0]), _own_sources(models[0], optimizers[0])]
+    if any(hidden):
+        what.append(hidden)
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _check_made_anew(run, models, optimizers):
+    """Otherwise a second seed would go on training what the first has trained."""
+    for name, (first, second) in (("make_model", models), ("make_optimizer", optimizers)):
+        if first is second or {id(v) for v in first.variables} & {id(v) for v in second.variables}:
+            raise ValueError(
+                f"{run.name}: {name} returns the same {name[5:]} at each call, or one that shares its weights. Every "
+                f"seed needs one of its own: make it inside the function, as in lambda: network()."
+            )
+
+
+def _described_model(model):
+    names = {layer.name: f"layer {n}" for n, layer in enumerate(model._flatten_layers())}
+    return _described(json.loads(model.to_json()), names)
+
+
+def _described(config, names):
+    """A configuration without what differs between versions of Keras or between two calls: names, defaults of None."""
+    if isinstance(config, dict):
+        dropped = {"module", "registered_name", "build_config", "keras_version", "backend"}
+        if not config.get("renorm"):
+            dropped |= {"renorm_momentum"}  # listed since Keras 3.15, also where it has no effect
+        if "Policy" not in str(config.get("class_name")) and isinstance(config.get("config"), dict):
+            config = {**config, "config": {k: v for k, v in config["config"].items() if k != "name"}}
+        for key in ("input_layers", "output_layers"):  # the only one is [name, 0, 0], in Keras 3.10 [that]
+            if len(config.get(key) or "") == 1:
+                config = {**config, key: config[key][0]}
+        return {
+            key: _described(value, names)
+            for key, value in config.items()
+            if key not in dropped and value is not None and value is not False
+        }
+    if isinstance(config, (list, tuple)):
+        return [_described(value, names) for value in config]
+    return names.get(config, config) if isinstance(config, str) else config
+
+
+def _but_for_seeds(first, second):
+    """The description, with what differs between two seeds named as drawn."""
+    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        return {key: _but_for_seeds(first[key], second[key]) for key in first}
+    if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        return [_but_for_seeds(*pair) for pair in zip(first, second)]
+    return first if first == second else "drawn from the seed"
+
+
+def _set_weights(first, second):
+    """Checksums of the weights that do not follow from the seed and are not all 0 or all 1, by position."""
+    found = []
+    for n, pair in enumerate(zip(first.variables, second.variables)):
+        a, b = (np.asarray(ops.convert_to_numpy(v)) for v in pair)
+        if a.size and np.array_equal(a, b) and not (a == a.flat[0]).all():
+            found.append([n, hashlib.sha256(a.tobytes()).hexdigest()])
+        elif a.size and np.array_equal(a, b) and a.flat[0] not in (0, 1):
+            found.append([n, float(a.flat[0])])
+    return found
+
+
+def _state_beside_config(optimizer):
+    """What an optimizer holds and a second one made from its configuration does not, as [attribute, value]."""
+    excluded = getattr(optimizer, "_exclude_from_weight_decay", None)
+    if excluded:  # keys of variables that exist in this process only
+        raise ValueError("exclude_from_weight_decay(var_list=...) cannot be recorded: name the variables, var_names=.")
+    found = []
+    twin = type(optimizer).from_config(optimizer.get_config())
+    for name in sorted(vars(optimizer).keys() - {"name"}):
+        here, there = (_simple(vars(o).get(name)) for o in (optimizer, twin))
+        if here != there:
+            found.append([name, here])
+    for n, (here, there) in enumerate(zip(optimizer.variables, twin.variables)):
+        if float(ops.convert_to_numpy(here)) != float(ops.convert_to_numpy(there)):
+            found.append([n, float(ops.convert_to_numpy(here))])
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return found + (_state_beside_config(inner) if inner is not None else [])
+
+
+def _simple(value):
+    """A value as JSON can hold it; None for what is not simple, and for what is empty."""
+    if isinstance(value, re.Pattern):
+        return sorted(value.pattern.split("|"))  # Keras joins names in the order of a set
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (str, numbers.Number)):
+        return value if not isinstance(value, complex) else repr(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        simple = [_simple(v) for v in value]
+        return sorted(simple, key=repr) if isinstance(value, (set, frozenset)) else simple or None
+    if isinstance(value, dict):
+        return {str(k): _simple(v) for k, v in value.items()} or None
+    return None
+
+
+def _own_sources(model, optimizer):
+    """The source of every function and class that is not a library's, and the values that these refer to."""
+    found, seen = [], set()
+
+    def is_own(thing):
+        return (getattr(thing, "__module__", None) or "").split(".")[0] not in NOT_OURS + tuple(sys.stdlib_module_names)
+
+    def look(thing, owned):
+        """owned: whether it is one of your own things that refers to this one."""
+        simple = _simple(thing)
+        if simple is not None and not isinstance(thing, (list, tuple, dict, set)):
+            return found.append(simple) if owned else None
+        if id(thing) in seen or isinstance(thing, (keras.Variable, keras.KerasTensor, types.ModuleType)):
+            return None
+        seen.add(id(thing))
+        if isinstance(thing, (list, tuple, set, frozenset)):
+            return [look(v, owned) for v in thing] and None
+        if isinstance(thing, dict):
+            return [look(v, owned) for v in thing.values()] and None
+        if isinstance(thing, functools.partial):
+            return look([thing.func, thing.args, thing.keywords], owned)
+        if isinstance(thing, types.MethodType):
+            return look([thing.__func__, thing.__self__], owned)
+        if isinstance(thing, types.FunctionType):
+            if is_own(thing):
+                found.append(_source(thing))
+                refers = inspect.getclosurevars(thing)
+                look([thing.__defaults__, thing.__kwdefaults__, refers.nonlocals, refers.globals], True)
+            return None
+        if isinstance(thing, type):
+            return [found.append(_source(base)) for base in thing.__mro__ if is_own(base)] and None
+        kind = type(thing)
+        if is_own(kind):
+            look([kind, _public(thing)], True)
+        elif kind.__module__.split(".")[0] in ("keras", "clr_utils", "experiments"):
+            look(_public(thing) | {"learning rate": getattr(thing, "_learning_rate", None)}, False)
+        return None
+
+    for layer in model._flatten_layers():
+        look(layer, False)
+    look(optimizer, False)
+    return found
+
+
+def _public(thing):
+    return {name: value for name, value in getattr(thing, "__dict__", {}).items() if name[0] != "_"}
+
+
+def _source(thing):
+    """The code of a function or class without comments and layout; of one that was not kept, its bytecode."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+        return ast.unparse(tree)
+    except (OSError, TypeError, SyntaxError):  # defined in a prompt, or a lambda in the middle of a statement
+        code = getattr(thing, "__code__", None)
+        return [code.co_code.hex(), repr(code.co_consts)] if code else repr(thing)
+
+
+@contextlib.contextmanager
+def _random_states_kept():
+    """Python's and NumPy's random states, put back afterwards; Keras draws the seeds of layers from Python's."""
+    python, numpy_ = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Runs: each training is one line in figures/results/<experiment>.jsonl
 # ---------------------------------------------------------------------------------------------------------
 
 CURVE_POINTS = 100  # of a run's curve in its line: a hundred runs stay well below a megabyte
-PROCEDURE = 1  # part of every line's code: raise it with a change to `_train` that changes what it gives
+SETTLING_BATCHES = 200  # from which BatchNorm's statistics are estimated anew for the second evaluation
 
 
 class Run(NamedTuple):
     """What is trained: one row of a table, the same for all its seeds.
 
-    name: of the row. make_model: a function without arguments that builds a softmax classifier for raw images;
-    what prepares them (`keras.layers.Rescaling`) is part of the model, so that it is part of `code`.
-    make_optimizer: a function of the number of updates of the run. Both are called after the seed is set.
-    notes: further items for the line, for example {"peak": 0.1}.
+    Args:
+        name: of the row.
+        make_model: a function without arguments that builds, anew at each call, a softmax classifier for raw images;
+            what prepares them (`keras.layers.Rescaling`) is part of the model, so that it is part of `code`.
+        make_optimizer: a function of the number of updates of the run; a new optimizer at each call.
+        epochs: passes over the training images.
+        batch_size: images of an update; the last batch of an epoch may be smaller.
+        notes: further items for the line, for example {"peak": 0.1}; whatever JSON can hold, and numpy's numbers.
+        precision: "float32", or "bfloat16": weights, statistics and loss in float32, the rest in bfloat16 (Keras's
+            policy "mixed_bfloat16"). The model's softmax then has to be a layer with dtype="float32".
     """
 
     name: str
@@ -494,97 +780,470 @@ class Run(NamedTuple):
     epochs: int = 1
     batch_size: int = 32
     notes: Mapping = MappingProxyType({})
+    precision: str = "float32"
 
 
-def run_experiment(experiment, runs, seeds, data, *, every_epoch=False):
+def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=False, wait=True):
     """Trains every run from every seed and appends each result to the results file; what is there is not repeated.
 
-    experiment: name of the results file. runs: a list of Run, names all different. seeds: whole numbers.
-    data: a Dataset, labels whole numbers. Accuracy and loss are measured on its test part after the last epoch,
-        or with every_epoch after each.
+    Everything follows from the seed and the run: weights, dropout, and the order of the data, which is the same for
+    all runs of one seed and size. So differences between runs can be paired.
 
-    Returns one line (a dict) for each run and seed, seeds outermost, which is also the order of training. Everything
-    follows from the seed and the run: weights, dropout, and the order of the data, which is the same for all runs of
-    one seed and size. So differences between runs can be paired. Keys of a line, besides those of Run and the data:
+    A finished run is one write to the end of the file, under a lock. A longer one leaves a checkpoint after each
+    epoch, and an interrupted call goes on from there, to the same line. Several processes may share a file: each run
+    is trained by one of them.
 
-    code: a hash of what decides the result (`code_of`). A line with another code is of something else: not taken.
-    test_accuracy, test_loss: after the last epoch. every_epoch: {"accuracy": [...], "loss": [...]} where asked for.
-    diverged_at: None, or the update at which the loss was not finite, or from which on it was no better than guessing.
-        Such a run keeps its place and its test_accuracy. One whose loss is not finite is stopped after that epoch.
-    curve: "update", "loss", "learning_rate", "momentum" (null for Adam), thinned to at most CURVE_POINTS: each loss
-        is the mean over the updates up to the next point.
-    seconds: of training, compilation included, evaluation not.
+    Args:
+        experiment: name of the results file.
+        runs: a list of Run, names all different.
+        seeds: whole numbers, for example range(5).
+        data: a Dataset, labels whole numbers. Accuracy and loss are measured on its test part after the last epoch.
+        every_epoch: measure them after each epoch.
+        settled: measure them a second time, with BatchNorm's statistics estimated anew from the first 200 batches of
+            the training images (`settle_batch_norm`). The training goes on with its own.
+        wait: for runs that another process is training at the moment; with False they are left out.
 
-    A run is one write to the end of the file, under a lock: an interrupted call goes on where it stopped, and two
-    processes may share a file. Raises TypeError or ValueError for arguments outside these limits.
+    Returns:
+        A DataFrame with a row for each run and seed, seeds outermost, which is also the order of training. Its columns,
+        besides the notes and what Run and Dataset say of themselves:
+
+        code: what decides the result, in twelve digits (`code_of`); data_checksum: the same for the arrays. A line
+            that differs in one of them is of something else, and not taken.
+        test_accuracy, test_loss: after the last epoch; settled_accuracy, settled_loss: settled, where asked for.
+        every_epoch: {"accuracy": [...], "loss": [...]}, and of the settled ones, where asked for.
+        diverged_at: None, or the update at which the loss was not finite, or from which on it was no better than
+            guessing. Such a run keeps its place; one whose loss is not finite is stopped after that epoch.
+        curve: {"update", "loss", "learning_rate", "momentum"} (None for Adam), thinned to at most CURVE_POINTS: each
+            loss is the mean over the updates up to the next point.
+        seconds: of training, compilation included, evaluation not.
+
+    Raises:
+        TypeError, ValueError: for arguments outside these limits, before anything is trained.
     """
-    runs, seeds = _checked_runs(runs), _checked_seeds(seeds)
-    path = _results_file(_output_folder(), experiment)
-    keys = {
-        (run.name, seed): {
-            "experiment": experiment,
-            "run": run.name,
-            "profile": profile(),
-            "seed": seed,
-            "data": data.source,
-            "code": code,
+    data, runs, seeds = _checked_data(data), _checked_runs(runs), _checked_seeds(seeds)
+    path, checksum = _results_file(_output_folder(), experiment), checksum_of(data)
+    keys = {}
+    for run in runs:
+        _check_classifier(run, data)
+        of_all_seeds = {
+            **{"experiment": experiment, "run": run.name, "profile": profile(), "data": data.source},
+            **{"data_checksum": checksum, "code": code_of(run, *_sizes_of(data), data.part)},
         }
-        for run, code in [(run, code_of(run, *_sizes_of(data), data.part)) for run in runs]
-        for seed in seeds
+        keys |= {(run.name, seed): {**of_all_seeds, "seed": seed} for seed in seeds}
+    asked = {name for name, wanted in (("every_epoch", every_epoch), ("settled_accuracy", settled)) if wanted}
+
+    def recorded():
+        lines = {(line["run"], line["seed"]): line for line in _lines_of(path) if asked <= line.keys()}
+        return {name: lines[name] for name in keys if keys[name].items() <= lines.get(name, {}).items()}
+
+    done = recorded()
+    with tqdm(total=len(keys), initial=len(done), desc=experiment, unit="run", leave=False) as progress:
+        for seed, run in itertools.product(seeds, runs):
+            name = run.name, seed
+            if name in done:
+                continue
+            checkpoint = _checkpoint_file(keys[name], asked)
+            with contextlib.suppress(Timeout), FileLock(f"{checkpoint}.lock", timeout=-1 if wait else 0):
+                done = recorded()  # another process may have trained it in the meantime
+                if name not in done:
+                    result = _train(run, seed, data, every_epoch, settled, checkpoint)
+                    done[name] = {**_plain(run.notes), **keys[name], **result}
+                    _append_line(path, done[name])
+                    checkpoint.unlink(missing_ok=True)
+                progress.set_postfix_str(f"{run.name}, seed {seed}: {100 * done[name]['test_accuracy']:.2f}%")
+                progress.update()
+    return pd.DataFrame([done[run.name, seed] for seed in seeds for run in runs if (run.name, seed) in done])
+
+
+class _Record(keras.metrics.Metric):
+    """The loss of each update, kept in the graph: callbacks see one update in many. Its result: (updates,)."""
+
+    def __init__(self, updates):
+        super().__init__(name="record", dtype="float32")
+        self.count = self.add_variable((), "zeros", dtype="int32", name="count")
+        self.losses = self.add_variable((updates,), "zeros", dtype="float32", name="losses")
+
+    def update_state(self, loss):
+        here = ops.equal(ops.arange(self.losses.shape[0], dtype="int32"), ops.convert_to_tensor(self.count))
+        new = ops.stop_gradient(ops.cast(loss, "float32"))
+        self.losses.assign(ops.where(here, new, ops.convert_to_tensor(self.losses)))
+        self.count.assign(self.count + 1)
+
+    def result(self):
+        return ops.convert_to_tensor(self.losses)
+
+
+class _Recorded(keras.Model):
+    """A model that keeps the loss of each update of an epoch."""
+
+    def __init__(self, inputs, outputs, updates):
+        super().__init__(inputs, outputs, name="recorded")
+        self.record = _Record(updates)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+        if training:
+            self.record.update_state(loss)
+        return loss
+
+
+def _train(run, seed, data, every_epoch, settled, checkpoint):
+    """One training, as the items of its line that are results."""
+    keras.utils.set_random_seed(seed)
+    (images, labels), updates = data.train, _updates_of(run, len(data.train[0]))
+    per_epoch, order = updates // run.epochs, np.random.default_rng(seed)
+    with _built_in(run.precision):
+        model, optimizer = run.make_model(), run.make_optimizer(updates)
+        recorded, batches = _recorded(model, optimizer, images, per_epoch)
+    optimizer.build(model.trainable_variables)
+    variables = [*model.variables, *optimizer.variables]
+    progress = _read_checkpoint(checkpoint, variables, order) or {"seconds": 0.0, "losses": [], "evaluations": []}
+    losses, evaluations = progress["losses"], progress["evaluations"]
+    for epoch in range(len(losses), run.epochs):
+        start = time.monotonic()
+        recorded.record.reset_state()
+        shuffled = batches(images, labels, order.permutation(len(images)), run.batch_size)
+        recorded.fit(shuffled, steps_per_epoch=per_epoch, shuffle=False, verbose=0)
+        losses.append(ops.convert_to_numpy(recorded.record.result()).tolist())
+        progress["seconds"] += time.monotonic() - start
+        last = epoch == run.epochs - 1 or not np.isfinite(losses[-1]).all()
+        if every_epoch or last:
+            evaluations.append(_evaluated(model, data, run.batch_size, settled))
+        if last:
+            break
+        _write_checkpoint(checkpoint, variables, order, progress)
+    loss = np.concatenate(losses)
+    by_epoch = {name: [evaluation[name] for evaluation in evaluations] for name in evaluations[0]}
+    final = {name.replace("test_", "") if every_epoch else name: values for name, values in by_epoch.items()}
+    return {
+        **{"epochs": run.epochs, "batch_size": run.batch_size, "precision": run.precision},
+        **{"train_size": len(images), "test_size": len(data.test[0]), "part": data.part, "updates": updates},
+        **{name: values[-1] for name, values in by_epoch.items()},
+        **({"every_epoch": final} if every_epoch else {}),
+        "diverged_at": _diverged_at(loss, math.log(model.output_shape[-1])),
+        "curve": _curve(loss, optimizer),
+        "seconds": round(progress["seconds"], 2),
+        "hardware": describe_machine(),
+        "backend": keras.backend.backend(),
     }
-    done = {}
-    for line in _lines_of(path):
-        name = (line["run"], line["seed"])
-        if name in keys and keys[name].items() <= line.items() and ("every_epoch" in line or not every_epoch):
-            done[name] = line
-    if done:
-        print(f"{experiment}: {len(done)} of {len(keys)} runs are there already")
-    start, trained = time.monotonic(), 0
-    for number, (seed, run) in enumerate(itertools.product(seeds, runs), start=1):
-        if (run.name, seed) in done:
-            continue
-        line = {**run.notes, **keys[run.name, seed], **_train(run, seed, data, every_epoch)}
-        _append_line(path, line)
-        done[run.name, seed] = line
-        trained += 1
-        left = (len(keys) - len(done)) * (time.monotonic() - start) / trained
-        text = f"{number}/{len(keys)}  {run.name}, seed {seed}: {100 * line['test_accuracy']:.2f}%"
-        text += "" if line["diverged_at"] is None else f", diverged at update {line['diverged_at']}"
-        print(f"{text}, {line['seconds']:.1f} s" + (f", {_duration(left)} left" if left else ""), flush=True)
-    return [done[run.name, seed] for seed in seeds for run in runs]
 
 
-def code_of(run, train_size, test_size, part="test"):
-    """A hash of what decides the result of a run: model, optimizer, epochs, batch size, and the data but their pixels.
+@contextlib.contextmanager
+def _built_in(precision):
+    """What is built inside has the dtype policy of a precision; the one of before is put back."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy({"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision])
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
-    The same under every backend and version of Keras: made from the configurations without names and default values.
+
+def _recorded(model, optimizer, images, per_epoch):
+    """(the model that `fit` trains, the function that makes its batches of an order)."""
+    if keras.backend.backend() == "tensorflow":
+        inputs, outputs, batches = model.inputs[0], model.outputs[0], _batches_in_graph
+    else:
+        inputs = keras.Input((), dtype="int32")
+        outputs, batches = model(_Images(images)(inputs)), _batches_of_positions
+    recorded = _Recorded(inputs, outputs, per_epoch)
+    # Many updates per call take Python out of the loop; torch has no such thing. At least some calls an epoch, since
+    # TensorFlow warns of functions that are recorded more often than run.
+    together = 1 if keras.backend.backend() == "torch" else max(1, min(100, per_epoch // 8))
+    recorded.compile(optimizer, "sparse_categorical_crossentropy", steps_per_execution=together)
+    return recorded, batches
+
+
+def _batches_in_graph(images, labels, order, batch_size):
+    """The data in an order, as a tf.data pipeline that gathers batches from memory, ahead of the training."""
+    import tensorflow as tf
+
+    images, labels = tf.constant(images), tf.constant(labels)
+
+    def batch(chosen):
+        return tf.cast(tf.gather(images, chosen), tf.float32), tf.gather(labels, chosen)
+
+    # Without its autotuning: that thread sleeps longer each time, and the end of an epoch may wait for it.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    chosen = tf.data.Dataset.from_tensor_slices(order).batch(batch_size)
+    return chosen.map(batch).prefetch(8).with_options(options)
+
+
+class _Images(keras.layers.Layer):
+    """Keeps all images on the device and takes batches of positions: no image travels during the training."""
+
+    def __init__(self, images):
+        super().__init__(trainable=False, dtype="float32")
+        self.images = self.add_weight(
+            images.shape, lambda shape, dtype=None: images, images.dtype.name, trainable=False
+        )
+
+    def call(self, positions):
+        return ops.cast(ops.take(self.images, positions, axis=0), "float32")
+
+
+def _batches_of_positions(images, labels, order, batch_size):
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        yield chosen.astype("int32"), labels[chosen]
+
+
+def _evaluated(model, data, batch_size, settled):
+    """Test loss and accuracy with the running statistics of BatchNorm and, where asked for, with settled ones."""
+    result = dict(zip(("test_loss", "test_accuracy"), _loss_and_accuracy(model, *data.test)))
+    if settled:
+        before = [(v, ops.convert_to_numpy(v)) for v in model.non_trainable_variables]
+        settle_batch_norm(model, data.train[0][: SETTLING_BATCHES * batch_size], batch_size)
+        result |= zip(("settled_loss", "settled_accuracy"), _loss_and_accuracy(model, *data.test))
+        for variable, value in before:
+            variable.assign(value)
+    return {name: round(float(value), 6) if math.isfinite(value) else None for name, value in result.items()}
+
+
+def _loss_and_accuracy(model, images, labels, block=100):
+    """Mean cross-entropy and accuracy. Not by `evaluate`, whose function would have to be traced for each run; in small
+    blocks, because a model called eagerly keeps all its activations until it is done."""
+    labels, starts = labels.reshape(-1), range(0, len(labels), block)
+    outputs = [ops.convert_to_numpy(model(images[i : i + block].astype("float32"), training=False)) for i in starts]
+    probabilities = np.concatenate(outputs).astype(float)
+    chosen = probabilities[np.arange(len(labels)), labels]
+    return -np.log(np.clip(chosen, 1e-7, None)).mean(), (probabilities.argmax(axis=1) == labels).mean()
+
+
+def _diverged_at(loss, guessing):
+    """The update at which a training diverged, or None: the first loss that is not finite, or the last that was good.
+
+    No better than guessing: the mean of the last twentieth of the losses is above 95% of log(classes). The last good
+    one is read off the smoothed losses, so it may be a dozen updates late.
     """
-    model = run.make_model()
-    optimizer = run.make_optimizer(_updates_of(run, train_size))
-    names = {layer.name: f"layer {n}" for n, layer in enumerate(model._flatten_layers())}
-    what = [
-        PROCEDURE,
-        _described(json.loads(model.to_json()), names),
-        _described(keras.saving.serialize_keras_object(optimizer), {}),
-        [run.epochs, run.batch_size, train_size, test_size, part],
-    ]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+    broken = np.flatnonzero(~np.isfinite(loss))
+    if len(broken):
+        return int(broken[0])
+    level = 0.95 * guessing
+    if loss[-max(1, len(loss) // 20) :].mean() <= level:
+        return None
+    good = np.flatnonzero(smooth(loss, 0.9) <= level)
+    return int(good[-1]) + 1 if len(good) else 0
+
+
+def _curve(loss, optimizer):
+    starts = np.unique(np.linspace(0, len(loss), min(CURVE_POINTS, len(loss)), endpoint=False).astype(int))
+    means = [part.mean() for part in np.split(loss, starts[1:])]
+    momentum = _momentum_at(optimizer, starts)
+    return {
+        "update": starts.tolist(),
+        "loss": [round(float(v), 4) if math.isfinite(v) else None for v in means],
+        "learning_rate": [float(f"{v:.4g}") for v in _learning_rate_at(optimizer, starts)],
+        "momentum": None if momentum is None else [round(float(v), 4) for v in momentum],
+    }
+
+
+def _learning_rate_at(optimizer, iterations):
+    """The learning rate at each of the updates, for any Keras optimizer whose rate follows from the update alone."""
+    held = optimizer._learning_rate
+    if isinstance(held, CyclicalLR):
+        return held.at(iterations)
+    if isinstance(held, keras.optimizers.schedules.LearningRateSchedule):
+        return [float(ops.convert_to_numpy(held(int(i)))) for i in iterations]
+    return np.full(len(iterations), current_values(optimizer)[0])
+
+
+def _momentum_at(optimizer, iterations):
+    if isinstance(optimizer, CLR):
+        return optimizer.momentum_at(iterations)
+    momentum = current_values(optimizer)[1]
+    return None if momentum is None else np.full(len(iterations), momentum)
+
+
+def _checkpoint_file(keys, asked):
+    """Where a run keeps its state between epochs: one file for all that decides its line."""
+    name = hashlib.sha256(json.dumps([keys, sorted(asked)], sort_keys=True).encode()).hexdigest()[:16]
+    folder = _output_folder() / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.npz"
+
+
+def _write_checkpoint(path, variables, order, progress):
+    """The state after an epoch, in one piece or not at all."""
+    part = path.with_suffix(".part")
+    text = json.dumps({"order": order.bit_generator.state, **progress})
+    arrays = {str(n): ops.convert_to_numpy(variable) for n, variable in enumerate(variables)}
+    with open(part, "wb") as file:
+        np.savez(file, progress=np.array(text), **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _read_checkpoint(path, variables, order):
+    """Puts back variables and order; returns losses, evaluations and seconds so far. None where there is no file."""
+    if not path.exists():
+        return None
+    with np.load(path) as arrays:
+        progress = json.loads(str(arrays["progress"]))
+        for n, variable in enumerate(variables):
+            variable.assign(arrays[str(n)])
+    order.bit_generator.state = progress.pop("order")
+    return progress
+
+
+def checksum_of(data):
+    """What the arrays of a Dataset are, in twelve digits: other labels or another order have others."""
+    digest = hashlib.sha256()
+    for array in (*data.train, *data.test):
+        array = np.ascontiguousarray(array)
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()[:12]
+
+
+def _updates_of(run, train_size):
+    return run.epochs * -(-train_size // run.batch_size)
+
+
+def _sizes_of(data):
+    return len(data.train[0]), len(data.test[0])
+
+
+def _checked_data(data):
+    if not isinstance(data, Dataset):
+        raise TypeError(
+            f"data={type(data).__name__}: give a Dataset, as load_mnist() returns it, or one of your own: "
+            'Dataset(train=(images, labels), test=(images, labels), source="mine", origin="where from").'
+        )
+    parts = []
+    for name, (images, labels) in (("train", data.train), ("test", data.test)):
+        images, labels = np.asarray(images), np.asarray(labels)
+        if labels.dtype.kind == "f" and (labels == np.floor(labels)).all():
+            labels = labels.astype(np.int64)
+        if labels.dtype.kind not in "iu" or labels.size != len(labels) or len(labels) != len(images):
+            raise ValueError(
+                f"data.{name}: labels are {labels.dtype} of shape {labels.shape}, for images {images.shape}. Give one "
+                "whole number from 0 for each image (not one-hot)."
+            )
+        parts.append((images, labels))
+    return data._replace(train=parts[0], test=parts[1])
+
+
+def _check_classifier(run, data):
+    """That the runner can train what the run makes, found out before any training."""
+    with _random_states_kept(), _built_in(run.precision):
+        model = run.make_model()
+    classes = int(max(data.train[1].max(), data.test[1].max())) + 1
+    shapes = model.output_shape
+    one_output = isinstance(shapes, tuple) and len(shapes) == 2
+    if not one_output or shapes[-1] < max(classes, 2):
+        raise ValueError(
+            f"{run.name}: the model's output has the shape {shapes}, for {classes} classes. The runner trains softmax "
+            "classifiers: end with Dense(classes, activation='softmax'), also for two classes (no sigmoid)."
+        )
+    if keras.backend.standardize_dtype(model.outputs[0].dtype) != "float32":
+        raise ValueError(
+            f"{run.name}: the output is {model.outputs[0].dtype}, and the loss needs float32: give the last layer "
+            'dtype="float32".'
+        )
+
+
+def _checked_runs(runs):
+    runs = [runs] if isinstance(runs, Run) else list(runs)
+    if not runs or not all(isinstance(run, Run) for run in runs):
+        raise TypeError(f"runs={runs!r}: give a list of Run(name, make_model, make_optimizer), at least one.")
+    if len({run.name for run in runs}) < len(runs):
+        raise ValueError(f"runs named {[run.name for run in runs]}: give each a name of its own.")
+    for run in runs:
+        for what in ("epochs", "batch_size"):
+            value = getattr(run, what)
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{run.name}: {what}={value!r}, give a whole number of at least 1.")
+        if run.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"{run.name}: precision={run.precision!r}, it can be 'float32' or 'bfloat16'.")
+        try:
+            json.dumps(_plain(run.notes), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{run.name}: notes={run.notes!r} cannot be written as JSON ({error}).") from None
+    return runs
+
+
+def _plain(notes):
+    """Notes with numpy's numbers and arrays as Python's."""
+    return {
+        name: value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value for name, value in notes.items()
+    }
+
+
+def _checked_seeds(seeds):
+    try:
+        seeds = list(seeds)
+        whole = all(isinstance(seed, numbers.Integral) and 0 <= seed < 2**32 for seed in seeds)
+        if not seeds or not whole or len(set(seeds)) < len(seeds):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"seeds={seeds!r}: give different whole numbers from 0, for example range(5).") from None
+    return [int(seed) for seed in seeds]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------
 
 
 def read_results(experiment, runs=None, train_size=None, test_size=10000, part="test"):
-    """The lines of an experiment as dicts: those recorded beside this module, and those of this run of the notebook.
+    """The lines of an experiment: those recorded beside clr_utils.py, and those of this run of the notebook.
 
-    runs, train_size, test_size, part: only lines whose `code` is that of one of the runs on data of these sizes, so
-        that no line of an earlier version of a run is mistaken for it. Each run and seed once, as recorded last.
+    Args:
+        experiment: name of the results file.
+        runs: only lines whose `code` is that of one of these runs on data of the sizes below, so that no line of an
+            earlier version of a run is mistaken for it. They come in the order of the runs.
+        train_size, test_size, part: of the data that the runs were trained and measured on.
+
+    Returns:
+        A DataFrame as of `run_experiment`, each run and seed once, as recorded last; empty if there is nothing.
     """
-    folders = {pathlib.Path(__file__).resolve().parent, _output_folder().resolve()}
+    folders = {ROOT, _output_folder().resolve()}
     lines = [line for folder in sorted(folders) for line in _lines_of(_results_file(folder, experiment))]
-    if runs is not None and lines:
-        codes = {(run.name, code_of(run, train_size, test_size, part)) for run in _checked_runs(runs)}
-        lines = [line for line in lines if (line["run"], line["code"]) in codes]
-    return list(
-        {tuple(line[key] for key in ("run", "profile", "seed", "data", "code")): line for line in lines}.values()
-    )
+    if runs is not None:
+        if train_size is None:
+            raise ValueError(
+                f"read_results({experiment!r}, runs): say on how many images, train_size=60000 for example."
+            )
+        order = {(run.name, code_of(run, train_size, test_size, part)): n for n, run in enumerate(_checked_runs(runs))}
+        lines = [line for line in lines if (line["run"], line["code"]) in order]
+        lines.sort(key=lambda line: order[line["run"], line["code"]])
+    last = {tuple(line.get(key) for key in ("run", "profile", "seed", "data_checksum", "code")): line for line in lines}
+    return pd.DataFrame(list(last.values()), columns=None if last else ["run", "seed", "data", "code", "test_accuracy"])
+
+
+def _results_file(folder, experiment):
+    return folder / "figures" / "results" / f"{experiment}.jsonl"
+
+
+def _lines_of(path):
+    """The whole lines of a results file as dicts; what a crash has cut off is none, and two in one line are two."""
+    found, decoder = [], json.JSONDecoder()
+    for text in path.read_text(encoding="utf-8-sig").splitlines() if path.exists() else []:
+        text = text.strip()
+        while text.startswith("{"):
+            try:
+                line, end = decoder.raw_decode(text)
+            except json.JSONDecodeError:
+                break
+            found.append(line)
+            text = text[end:].lstrip()
+    return found
+
+
+def _append_line(path, line):
+    """Adds a line in one write to the end of the file, behind the remains of one that was cut off, if any."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"), open(path, "ab+", buffering=0) as file:
+        file.seek(0, os.SEEK_END)
+        whole = True
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            whole = file.read(1) == b"\n"
+        file.write((b"" if whole else b"\n") + json.dumps(line).encode() + b"\n")
+        os.fsync(file.fileno())
 
 
 class Summary(NamedTuple):
@@ -722,247 +1381,6 @@ def _mean_and_interval(values):
 
     half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
     return mean, mean - half, mean + half
-
-
-class _Recorded(keras.Model):
-    """A model that keeps the loss of each update of an epoch in the graph: callbacks see one update in many."""
-
-    def __init__(self, inputs, outputs, updates):
-        super().__init__(inputs, outputs, name="recorded")
-        self.record = _Record(updates)
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        loss = super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
-        if training:
-            self.record.update_state(loss, math.nan)
-        return loss
-
-
-def _train(run, seed, data, every_epoch):
-    """One training, as the items of its line that are results."""
-    keras.utils.set_random_seed(seed)
-    train_size = len(data.train[0])
-    updates = _updates_of(run, train_size)
-    model, optimizer = run.make_model(), run.make_optimizer(updates)
-    per_epoch = updates // run.epochs
-    images, labels = data.train
-    if keras.backend.backend() == "tensorflow":
-        inputs, outputs, batches = model.inputs[0], model.outputs[0], _batches_in_graph
-    else:
-        inputs = keras.Input((), dtype="int32")
-        outputs, batches = model(_Images(images)(inputs)), _batches_of_positions
-    recorded = _Recorded(inputs, outputs, per_epoch)
-    # Many updates per call take Python out of the loop; torch has no such thing. At least some calls an epoch, since
-    # TensorFlow warns of functions that are recorded more often than run.
-    together = 1 if keras.backend.backend() == "torch" else max(1, min(100, per_epoch // 8))
-    recorded.compile(optimizer, "sparse_categorical_crossentropy", steps_per_execution=together)
-    order = np.random.default_rng(seed)
-    seconds, losses, evaluations = 0.0, [], []
-    for epoch in range(run.epochs):
-        start = time.monotonic()
-        recorded.record.clear()
-        shuffled = batches(images, labels, order.permutation(train_size), run.batch_size)
-        recorded.fit(shuffled, steps_per_epoch=per_epoch, shuffle=False, verbose=0)
-        losses.append(ops.convert_to_numpy(ops.convert_to_tensor(recorded.record.values))[0])
-        seconds += time.monotonic() - start
-        last = epoch == run.epochs - 1 or not np.isfinite(losses[-1]).all()
-        if every_epoch or last:
-            evaluations.append(_loss_and_accuracy(model, *data.test))
-        if last:
-            break
-    loss = np.concatenate(losses).astype(float)
-    test_loss, test_accuracy = ([_rounded_number(v, 6) for v in values] for values in zip(*evaluations))
-    return {
-        "epochs": run.epochs,
-        "batch_size": run.batch_size,
-        "train_size": train_size,
-        "updates": updates,
-        "test_accuracy": test_accuracy[-1],
-        "test_loss": test_loss[-1],
-        **({"every_epoch": {"accuracy": test_accuracy, "loss": test_loss}} if every_epoch else {}),
-        "diverged_at": _diverged_at(loss, math.log(model.output_shape[-1])),
-        "curve": _curve(loss, optimizer),
-        "seconds": round(seconds, 2),
-        "hardware": describe_machine(),
-        "backend": keras.backend.backend(),
-    }
-
-
-def _batches_in_graph(images, labels, order, batch_size):
-    """The data in an order, as a tf.data pipeline that gathers batches from memory, ahead of the training."""
-    import tensorflow as tf
-
-    images, labels = tf.constant(images), tf.constant(labels)
-
-    def batch(chosen):
-        return tf.cast(tf.gather(images, chosen), tf.float32), tf.gather(labels, chosen)
-
-    return _without_autotune(tf.data.Dataset.from_tensor_slices(order).batch(batch_size).map(batch).prefetch(8))
-
-
-class _Images(keras.layers.Layer):
-    """Keeps all images on the device and takes batches of positions: no image travels during the training."""
-
-    def __init__(self, images):
-        super().__init__(trainable=False)
-        self.images = self.add_weight(
-            images.shape, lambda shape, dtype=None: images, images.dtype.name, trainable=False
-        )
-
-    def call(self, positions):
-        return ops.cast(ops.take(self.images, positions, axis=0), "float32")
-
-
-def _batches_of_positions(images, labels, order, batch_size):
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        yield chosen.astype("int32"), labels[chosen]
-
-
-def _loss_and_accuracy(model, images, labels):
-    """Mean cross-entropy and accuracy. Not by `evaluate`, whose function would have to be traced for each run."""
-    labels, blocks = labels.reshape(-1), range(0, len(labels), 500)
-    outputs = [ops.convert_to_numpy(model(images[i : i + 500].astype("float32"), training=False)) for i in blocks]
-    probabilities = np.concatenate(outputs).astype(float)
-    chosen = probabilities[np.arange(len(labels)), labels]
-    return -np.log(np.clip(chosen, 1e-7, None)).mean(), (probabilities.argmax(axis=1) == labels).mean()
-
-
-def _diverged_at(loss, guessing):
-    """The update at which a training diverged, or None: the first loss that is not finite, or the last that was good.
-
-    No better than guessing: the mean of the last twentieth of the losses is above 95% of log(classes). The last good
-    one is read off the smoothed losses, so it may be a dozen updates late.
-    """
-    broken = np.flatnonzero(~np.isfinite(loss))
-    if len(broken):
-        return int(broken[0])
-    level = 0.95 * guessing
-    if loss[-max(1, len(loss) // 20) :].mean() <= level:
-        return None
-    good = np.flatnonzero(smooth(loss, 0.9) <= level)
-    return int(good[-1]) + 1 if len(good) else 0
-
-
-def _curve(loss, optimizer):
-    starts = np.unique(np.linspace(0, len(loss), min(CURVE_POINTS, len(loss)), endpoint=False).astype(int))
-    means = [part.mean() for part in np.split(loss, starts[1:])]
-    momentum = _momentum_at(optimizer, starts)
-    return {
-        "update": starts.tolist(),
-        "loss": [_rounded_number(v, 4) for v in means],
-        "learning_rate": [float(f"{v:.4g}") for v in _learning_rate_at(optimizer, starts)],
-        "momentum": None if momentum is None else [round(float(v), 4) for v in momentum],
-    }
-
-
-def _learning_rate_at(optimizer, iterations):
-    """The learning rate at each of the updates, for any Keras optimizer whose rate follows from the update alone."""
-    held = optimizer._learning_rate
-    if isinstance(held, CyclicalLR):
-        return held.at(iterations)
-    if isinstance(held, keras.optimizers.schedules.LearningRateSchedule):
-        return [float(ops.convert_to_numpy(held(int(i)))) for i in iterations]
-    return np.full(len(iterations), current_values(optimizer)[0])
-
-
-def _momentum_at(optimizer, iterations):
-    if isinstance(optimizer, CLR):
-        return optimizer.momentum_at(iterations)
-    momentum = current_values(optimizer)[1]
-    return None if momentum is None else np.full(len(iterations), momentum)
-
-
-def _described(config, names):
-    """A configuration without what differs between versions of Keras or between two calls: names, defaults of None."""
-    if isinstance(config, dict):
-        dropped = {"module", "registered_name", "build_config", "keras_version", "backend"}
-        if not config.get("renorm"):
-            dropped |= {"renorm_momentum"}  # listed since Keras 3.15, also where it has no effect
-        if "Policy" not in str(config.get("class_name")):
-            config = {**config, "config": _without_name(config["config"])} if "config" in config else config
-        for key in ("input_layers", "output_layers"):  # the only one is [name, 0, 0], in Keras 3.10 [that]
-            if len(config.get(key) or "") == 1:
-                config = {**config, key: config[key][0]}
-        return {
-            key: _described(value, names)
-            for key, value in config.items()
-            if key not in dropped and value is not None and value is not False
-        }
-    if isinstance(config, (list, tuple)):
-        return [_described(value, names) for value in config]
-    return names.get(config, config) if isinstance(config, str) else config
-
-
-def _without_name(config):
-    return {key: value for key, value in config.items() if key != "name"} if isinstance(config, dict) else config
-
-
-def _updates_of(run, train_size):
-    return run.epochs * -(-train_size // run.batch_size)
-
-
-def _sizes_of(data):
-    return len(data.train[0]), len(data.test[0])
-
-
-def _rounded_number(value, digits):
-    return round(float(value), digits) if math.isfinite(value) else None
-
-
-def _duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d} minutes" if minutes else f"{seconds} s"
-
-
-def _checked_runs(runs):
-    runs = list(runs)
-    if not runs or not all(isinstance(run, Run) for run in runs):
-        raise TypeError(f"runs={runs!r}: give a list of Run(name, make_model, make_optimizer), at least one.")
-    if len({run.name for run in runs}) < len(runs):
-        raise ValueError(f"runs named {[run.name for run in runs]}: give each a name of its own.")
-    for run in runs:
-        for what in ("epochs", "batch_size"):
-            value = getattr(run, what)
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{run.name}: {what}={value!r}, give a whole number of at least 1.")
-    return runs
-
-
-def _checked_seeds(seeds):
-    seeds = list(seeds)
-    whole = all(isinstance(seed, numbers.Integral) and 0 <= seed < 2**32 for seed in seeds)
-    if not seeds or not whole or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={seeds!r}: give different whole numbers from 0, at least one.")
-    return [int(seed) for seed in seeds]
-
-
-def _results_file(folder, experiment):
-    return folder / "figures" / "results" / f"{experiment}.jsonl"
-
-
-def _lines_of(path):
-    """The whole lines of a results file; one cut off by a crash is no line."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
-def _append_line(path, line):
-    """Adds a line in one write to the end of the file, behind the remains of one that was cut off, if any."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+", buffering=0) as file:
-        with contextlib.suppress(ImportError):  # Windows has no flock: there, one process at a time
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            whole = file.read(1) == b"\n"
-        else:
-            whole = True
-        file.write((b"" if whole else b"\n") + json.dumps(line).encode() + b"\n")
-        os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1136,4 +1554,4 @@ def _output_folder():
         return pathlib.Path(os.environ["CLR_OUTPUT_DIR"])
     if profile() == "smoke":
         return pathlib.Path(tempfile.gettempdir()) / "clr-smoke"
-    return pathlib.Path(__file__).resolve().parent
+    return ROOT

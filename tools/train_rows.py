@@ -12,9 +12,11 @@ is started only if it is likely to end in time. Real data only; CLR_DATA_DIR nam
 import argparse
 import itertools
 import json
+import linecache
 import math
 import os
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -30,8 +32,11 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile", choices=("quick", "full"), help="quick: the small network; full: the post's")
     parser.add_argument("--minutes", type=float, default=math.inf, help="default: until everything is there")
+    parser.add_argument("--processes", type=int, default=1, help="that share the rows, each with its part of the cores")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="the chip's peak, to say which share is reached")
     options = parser.parse_args(arguments)
+    if options.processes > 1:
+        sys.exit(start_together(options.processes, arguments if arguments is not None else sys.argv[1:]))
     os.environ["CLR_PROFILE"] = options.profile
     os.environ.setdefault("CLR_SYNTHETIC", "never")
     rows = definitions(NOTEBOOK)
@@ -44,16 +49,31 @@ def main(arguments=None):
         print("Everything is there.")
 
 
+def start_together(processes, arguments):
+    """Starts this command so many times, with one part of the cores each. Two trainings with one core each are faster
+    than one with two, since the second core waits for the first now and then. Returns the exit status."""
+    threads = str(max(1, os.cpu_count() // processes))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TF_NUM_INTRAOP_THREADS": threads}
+    command = [sys.executable, __file__, *arguments, "--processes", "1"]
+    started = [subprocess.Popen(command, env=environment) for _ in range(processes)]
+    try:
+        return max(process.wait() for process in started)
+    except KeyboardInterrupt:
+        return max(process.wait() for process in started)  # they were interrupted too, and keep their checkpoints
+
+
 def definitions(notebook):
     """What the cells of a notebook tagged "rows" define."""
-    sys.path.insert(0, str(ROOT))
-    import clr_utils  # imports Keras without the greetings of TensorFlow
+    sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+    import experiments  # noqa: F401  (first, because it imports Keras without TensorFlow's greeting)
 
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    names = {"__name__": "rows", "clr_utils": clr_utils}
-    for cell in cells:
+    names = {"__name__": "rows"}
+    for number, cell in enumerate(cells):
         if "rows" in cell["metadata"].get("tags", []):
-            exec("".join(cell["source"]), names)
+            source, name = "".join(cell["source"]), f"<cell {number} of {notebook.name}>"
+            linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name  # for inspect.getsource
+            exec(compile(source, name, "exec"), names)
     return names
 
 
@@ -64,35 +84,44 @@ class Trainer:
         self.images, self.end, self.peak = images, end, peak
         self.speeds = {}  # {batch size: images per second of the last run, evaluation and compilation included}
 
-    def train(self, experiment, runs, seeds, train_size, part="test", every_epoch=False):
-        import clr_utils
+    def train(self, experiment, runs, seeds, train_size, part="test", **options):
+        """A DataFrame of all runs and seeds. What another process is training is waited for at the end."""
+        import pandas as pd
 
-        data = self.images(train_size, part)
+        data, lines = self.images(train_size, part), {}
+        for wait in (False, True):
+            for seed, run in itertools.product(seeds, runs):
+                if (run.name, seed) not in lines:
+                    found = self.train_one(experiment, run, seed, data, wait=wait, **options)
+                    if len(found):
+                        lines[run.name, seed] = found
+        return pd.concat([lines[run.name, seed] for seed, run in itertools.product(seeds, runs)], ignore_index=True)
+
+    def train_one(self, experiment, run, seed, data, **options):
+        from experiments import read_results, run_experiment
+
         sizes = len(data.train[0]), len(data.test[0]), data.part
-        lines = {
-            (line["run"], line["seed"]): line
-            for line in clr_utils.read_results(experiment, runs, *sizes)
-            if line["profile"] == clr_utils.profile() and line["data"] == data.source
-        }
-        wanted = [(run, seed) for seed, run in itertools.product(seeds, runs)]
-        for number, (run, seed) in enumerate(wanted, 1):
-            if (run.name, seed) in lines:
-                continue
-            work, start = run.epochs * sizes[0], time.monotonic()
-            speed = self.speeds.get(run.batch_size, min(self.speeds.values(), default=math.inf))
-            if start + work / speed > self.end:
-                raise OutOfTime(f"No time for {experiment}: {run.name}, seed {seed}")
-            print(f"{experiment}, {number} of {len(wanted)}:", end=" ", flush=True)
-            (line,) = clr_utils.run_experiment(experiment, [run], [seed], data, every_epoch=every_epoch)
-            self.speeds[run.batch_size] = work / (time.monotonic() - start)
-            lines[run.name, seed] = line
-            self.report(run, work / line["seconds"])
-        return [lines[run.name, seed] for run, seed in wanted]
+        work, start = run.epochs * sizes[0], time.monotonic()
+        before = len(read_results(experiment, [run], *sizes))
+        speed = self.speeds.get(run.batch_size, min(self.speeds.values(), default=math.inf))
+        if not before and start + work / speed > self.end:
+            raise OutOfTime(f"No time for {experiment}: {run.name}, seed {seed}")
+        found = run_experiment(experiment, [run], [seed], data, **options)
+        seconds = time.monotonic() - start
+        if len(found) and found["seconds"][0] <= seconds:  # trained here, and in one go
+            self.speeds[run.batch_size] = work / seconds
+            self.report(experiment, run, found.iloc[0])
+        return found
 
-    def report(self, run, images_per_second):
-        flops = images_per_second * operations_per_image(run.make_model())
+    def report(self, experiment, run, line):
+        speed = run.epochs * line["train_size"] / line["seconds"]
+        flops = speed * operations_per_image(run.make_model())
         share = f", {flops / self.peak / 1e10:.1f}% of the peak" if self.peak else ""
-        print(f"    {images_per_second:,.0f} images/s in training, {flops / 1e12:.3g} TFLOP/s{share}", flush=True)
+        print(
+            f"{experiment}: {run.name}, seed {line['seed']}: {100 * line['test_accuracy']:.2f}% in {line['seconds']:.0f} s, "
+            f"{speed:,.0f} images/s, {flops / 1e12:.3g} TFLOP/s{share}",
+            flush=True,
+        )
 
 
 def operations_per_image(model):
