@@ -567,7 +567,9 @@ def settle_batch_norm(model, x, batch_size=128):
             f"x holds {len(x)} samples, less than one batch of {batch_size}: give more, or a smaller batch."
         )
     own = {id(v) for layer in layers for v in layer.non_trainable_variables}
-    others = [(v, ops.convert_to_numpy(v)) for v in model.non_trainable_variables if id(v) not in own]
+    others = [
+        (v, ops.convert_to_numpy(ops.convert_to_tensor(v))) for v in model.non_trainable_variables if id(v) not in own
+    ]
     momenta = [layer.momentum for layer in layers]
     try:
         for k in range(len(x) // batch_size):

@@ -31,6 +31,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from tqdm.auto import tqdm
 
 
@@ -638,7 +640,7 @@ def _set_weights(first, second):
     """Checksums of the weights that do not follow from the seed and are not all 0 or all 1, by position."""
     found = []
     for n, pair in enumerate(zip(first.variables, second.variables)):
-        a, b = (np.asarray(ops.convert_to_numpy(v)) for v in pair)
+        a, b = (np.asarray(ops.convert_to_numpy(ops.convert_to_tensor(v))) for v in pair)
         if a.size and np.array_equal(a, b) and not (a == a.flat[0]).all():
             found.append([n, hashlib.sha256(a.tobytes()).hexdigest()])
         elif a.size and np.array_equal(a, b) and a.flat[0] not in (0, 1):
@@ -658,8 +660,10 @@ def _state_beside_config(optimizer):
         if here != there:
             found.append([name, here])
     for n, (here, there) in enumerate(zip(optimizer.variables, twin.variables)):
-        if float(ops.convert_to_numpy(here)) != float(ops.convert_to_numpy(there)):
-            found.append([n, float(ops.convert_to_numpy(here))])
+        if float(ops.convert_to_numpy(ops.convert_to_tensor(here))) != float(
+            ops.convert_to_numpy(ops.convert_to_tensor(there))
+        ):
+            found.append([n, float(ops.convert_to_numpy(ops.convert_to_tensor(here)))])
     inner = getattr(optimizer, "inner_optimizer", None)
     return found + (_state_beside_config(inner) if inner is not None else [])
 
@@ -833,8 +837,12 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
     asked = {name for name, wanted in (("every_epoch", every_epoch), ("settled_accuracy", settled)) if wanted}
 
     def recorded():
-        lines = {(line["run"], line["seed"]): line for line in _lines_of(path) if asked <= line.keys()}
-        return {name: lines[name] for name in keys if keys[name].items() <= lines.get(name, {}).items()}
+        found = {}
+        for line in _lines_of(path):
+            name = line["run"], line["seed"]
+            if name in keys and keys[name].items() <= line.items() and asked <= line.keys():
+                found[name] = line
+        return found
 
     done = recorded()
     with tqdm(total=len(keys), initial=len(done), desc=experiment, unit="run", leave=False) as progress:
@@ -993,7 +1001,7 @@ def _evaluated(model, data, batch_size, settled):
     """Test loss and accuracy with the running statistics of BatchNorm and, where asked for, with settled ones."""
     result = dict(zip(("test_loss", "test_accuracy"), _loss_and_accuracy(model, *data.test)))
     if settled:
-        before = [(v, ops.convert_to_numpy(v)) for v in model.non_trainable_variables]
+        before = [(v, ops.convert_to_numpy(ops.convert_to_tensor(v))) for v in model.non_trainable_variables]
         settle_batch_norm(model, data.train[0][: SETTLING_BATCHES * batch_size], batch_size)
         result |= zip(("settled_loss", "settled_accuracy"), _loss_and_accuracy(model, *data.test))
         for variable, value in before:
@@ -1068,7 +1076,7 @@ def _write_checkpoint(path, variables, order, progress):
     """The state after an epoch, in one piece or not at all."""
     part = path.with_suffix(".part")
     text = json.dumps({"order": order.bit_generator.state, **progress})
-    arrays = {str(n): ops.convert_to_numpy(variable) for n, variable in enumerate(variables)}
+    arrays = {str(n): ops.convert_to_numpy(ops.convert_to_tensor(variable)) for n, variable in enumerate(variables)}
     with open(part, "wb") as file:
         np.savez(file, progress=np.array(text), **arrays)
         file.flush()
@@ -1246,141 +1254,109 @@ def _append_line(path, line):
         os.fsync(file.fileno())
 
 
-class Summary(NamedTuple):
-    """The test accuracies of one row over its seeds, in percent.
+def summarise(results):
+    """What a table says of each row over its seeds: a DataFrame with one line for each run, in the order of `results`.
 
-    low, high: the 95% interval of the mean by Student's t, which takes the seeds for a sample of normally distributed
-    results; nan for n = 1. diverged: how many of the n did; they count in all the rest. seconds: median of training.
+    Args:
+        results: a DataFrame as of `run_experiment`, of one data set.
+
+    Returns:
+        Columns n; mean, sd, low, high of the test accuracy in percent, where low to high is the 95% interval of the
+        mean by Student's t (it takes the seeds for a sample of normally distributed results; NaN for n = 1); diverged,
+        how many of the n did (they count in all the rest); data, epochs, and seconds, the median of training.
     """
+    rows = {}
+    for run, lines in _by_run(results).items():
+        accuracy = 100 * lines["test_accuracy"]
+        interval = (math.nan, math.nan)
+        if len(lines) > 1:
+            interval = stats.t.interval(0.95, len(lines) - 1, accuracy.mean(), max(accuracy.sem(), 1e-12))
+        rows[run] = {
+            **{"n": len(lines), "mean": accuracy.mean(), "sd": accuracy.std(), "low": interval[0], "high": interval[1]},
+            **{"diverged": int(lines["diverged_at"].notna().sum()), "data": lines["data"].iloc[0]},
+            **{"epochs": int(lines["epochs"].iloc[0]), "seconds": lines["seconds"].median()},
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
 
-    run: str
-    n: int
-    mean: float
-    sd: float
-    low: float
-    high: float
-    diverged: int
-    seconds: float
+
+def results_table(results):
+    """`summarise` for a reader: accuracy with its spread and interval as texts, the way a table prints them."""
+    rows = summarise(results)
+    several = rows["n"] > 1
+    table = pd.DataFrame(index=rows.index)
+    table["test accuracy (%)"] = [f"{row.mean:.2f}" + f" ± {row.sd:.2f}" * (row.n > 1) for row in rows.itertuples()]
+    table["95% interval"] = [f"{row.low:.2f} to {row.high:.2f}" * (row.n > 1) for row in rows.itertuples()]
+    table["n"] = rows["n"]
+    if rows["diverged"].any():
+        table["diverged"] = rows["diverged"]
+    table["epochs"] = rows["epochs"]
+    table["data"] = rows["data"]
+    table["seconds"] = rows["seconds"].round().astype(int)
+    return table if several.any() else table.drop(columns="95% interval")
 
 
-class Comparison(NamedTuple):
-    """The difference in test accuracy of two rows over the seeds that both have, in percentage points.
+def compare(results, pairs):
+    """Differences in test accuracy between pairs of rows, over the seeds that both have: one family of comparisons.
 
-    low, high: the 95% interval of the mean of the paired differences by Student's t.
+    Args:
+        results: a DataFrame as of `run_experiment`.
+        pairs: a list of (first, second), names of rows. Name all comparisons of a question in one call: their p values
+            are corrected together (Holm 1979), since one in twenty would be "significant" by chance.
+
+    Returns:
+        A DataFrame with one line a pair: first, second; n, the seeds in common; difference, first minus second, and
+        its 95% interval low, high in percentage points by Student's t (uncorrected); p_holm, corrected; and verdict:
+        "ahead" or "behind" (p_holm below 0.05), "not told apart", or "not judged": with fewer than three pairs, or
+        where all differences are equal, there is no telling.
+
+    Raises:
+        ValueError: for a name that is not among the rows, and for pairs without a seed in common.
     """
-
-    first: str
-    second: str
-    n: int
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def apart(self):
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
-
-    def __str__(self):
-        verdict = "told apart" if self.apart else "cannot be told apart"
-        return (
-            f"{self.first} minus {self.second}: {self.difference:+.2f} points (95% interval {self.low:+.2f} to "
-            f"{self.high:+.2f}, {self.n} seeds paired): {verdict}"
-        )
-
-
-class Table(NamedTuple):
-    """Texts in rows under a head: shown as Markdown in a notebook, and `markdown()` for a file."""
-
-    head: tuple
-    rows: list
-
-    def markdown(self):
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-    _repr_markdown_ = markdown
-
-    def __str__(self):
-        widths = [max(map(len, column)) for column in zip(self.head, *self.rows)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in (self.head, *self.rows)
-        )
-
-    __repr__ = __str__
+    by_run, rows = _by_run(results), []
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"pairs={pairs!r}: give a list of pairs of names, as in [('1cycle', 'SGD')].")
+        for name in pair:
+            if name not in by_run:
+                raise ValueError(f"{name!r} is not among the rows: {', '.join(by_run)}.")
+        first, second = (by_run[name].set_index("seed")["test_accuracy"] * 100 for name in pair)
+        first, second = first.align(second, join="inner")
+        if not len(first):
+            raise ValueError(f"{pair[0]!r} and {pair[1]!r} have no seed in common, so there is nothing to pair.")
+        row = {"first": pair[0], "second": pair[1], "n": len(first), "difference": (first - second).mean()}
+        row |= {"low": math.nan, "high": math.nan, "p": math.nan}
+        if len(first) > 1 and (first - second).std() > 1e-9:
+            test = stats.ttest_rel(first, second)
+            row["low"], row["high"] = test.confidence_interval(0.95)
+            row["p"] = test.pvalue if len(first) > 2 else math.nan
+        rows.append(row)
+    return _with_verdicts(pd.DataFrame(rows))
 
 
-def summarise(lines):
-    """A list of Summary, one for each row of the lines of an experiment, in the order in which they first appear."""
-    summaries = []
-    for run, by_seed in _by_run(lines).items():
-        accuracy = [100 * line["test_accuracy"] for line in by_seed.values()]
-        mean, low, high = _mean_and_interval(accuracy)
-        summaries.append(
-            Summary(
-                run,
-                len(accuracy),
-                mean,
-                float(np.std(accuracy, ddof=1)) if len(accuracy) > 1 else math.nan,
-                low,
-                high,
-                sum(line["diverged_at"] is not None for line in by_seed.values()),
-                float(np.median([line["seconds"] for line in by_seed.values()])),
-            )
-        )
-    return summaries
+def _with_verdicts(table):
+    judged = table["p"].notna()
+    table["p_holm"] = math.nan
+    if judged.any():
+        table.loc[judged, "p_holm"] = multipletests(table.loc[judged, "p"], method="holm")[1]
+    table["verdict"] = "not told apart"
+    table.loc[(table["p_holm"] < 0.05) & (table["difference"] > 0), "verdict"] = "ahead"
+    table.loc[(table["p_holm"] < 0.05) & (table["difference"] < 0), "verdict"] = "behind"
+    table.loc[~judged, "verdict"] = "not judged"
+    return table.drop(columns="p")
 
 
-def results_table(lines):
-    """The Table of `summarise`: what each row is, n, mean and sd, interval, diverged runs and seconds."""
-    head = ("run", "data", "epochs", "n", "test accuracy (%), mean ± sd", "95% interval (t)", "diverged", "seconds")
-    rows, by_run = [], _by_run(lines)
-    for row in summarise(lines):
-        line = next(iter(by_run[row.run].values()))
-        spread = "" if row.n == 1 else f" ± {row.sd:.2f}"
-        interval = "" if row.n == 1 else f"{row.low:.2f} to {row.high:.2f}"
-        numbers_ = (str(line["epochs"]), str(row.n), f"{row.mean:.2f}{spread}", interval)
-        rows.append((row.run, line["data"], *numbers_, str(row.diverged), f"{row.seconds:.0f}"))
-    return Table(head, rows)
-
-
-def compare(lines, first, second):
-    """The Comparison of two rows of an experiment by name, paired by seed. At least two seeds in common."""
-    by_run = _by_run(lines)
-    for name in (first, second):
-        if name not in by_run:
-            raise ValueError(f"{name!r} is not among the rows: {', '.join(by_run)}.")
-    seeds = [seed for seed in by_run[first] if seed in by_run[second]]
-    if len(seeds) < 2:
-        raise ValueError(f"{first!r} and {second!r} have {len(seeds)} seeds in common: a comparison needs at least 2.")
-    accuracy = [np.array([100 * by_run[name][seed]["test_accuracy"] for seed in seeds]) for name in (first, second)]
-    return Comparison(first, second, len(seeds), *_mean_and_interval(accuracy[0] - accuracy[1]))
-
-
-def _by_run(lines):
-    """{run: {seed: line}}; ValueError where a mean over them would mix what does not belong together."""
-    by_run = {}
-    for line in lines:
-        by_seed = by_run.setdefault(line["run"], {})
-        if line["seed"] in by_seed:
-            raise ValueError(f"{line['run']!r} has two lines with seed {line['seed']}: choose a profile or code first.")
-        by_seed[line["seed"]] = line
-    if len(sources := {line["data"] for line in lines}) > 1:
+def _by_run(results):
+    """{run: its lines}; ValueError where a mean over them would mix what does not belong together."""
+    if len(sources := results["data"].unique()) > 1:
         raise ValueError(f"The lines are of {' and '.join(sorted(sources))} data: summarise each on its own.")
-    for run, by_seed in by_run.items():
-        if len({line["code"] for line in by_seed.values()}) > 1:
+    by_run = dict(list(results.groupby("run", sort=False)))
+    for run, lines in by_run.items():
+        twice = lines["seed"][lines["seed"].duplicated()]
+        if len(twice):
+            raise ValueError(f"{run!r} has two lines with seed {twice.iloc[0]}: choose a profile or code first.")
+        if lines["code"].nunique() > 1:
             raise ValueError(f"{run!r} has lines of different code: choose with `read_results(..., runs=...)`.")
     return by_run
-
-
-def _mean_and_interval(values):
-    mean, n = float(np.mean(values)), len(values)
-    if n == 1:
-        return mean, math.nan, math.nan
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-    return mean, mean - half, mean + half
 
 
 # ---------------------------------------------------------------------------------------------------------

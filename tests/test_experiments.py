@@ -4,18 +4,22 @@ import json
 import math
 import os
 import pathlib
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
 
-import clr_utils  # isort: skip  # imports Keras, so it comes first
+import experiments  # isort: skip  # imports Keras without TensorFlow's greeting, so it comes first
 import keras
 import numpy as np
+import pandas as pd
 import pytest
+from experiments import Dataset, Run
+from filelock import FileLock
 
-from clr_utils import CLR, Dataset, Run
+from clr_utils import CLR, CyclicalLR
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 rng = np.random.default_rng(0)
@@ -24,8 +28,9 @@ Y = (X[:, 0] > 127).astype("uint8")
 DATA = Dataset((X[:64], Y[:64]), (X[64:], Y[64:]), "mnist", "made here")
 
 
-def network(units=8):
-    layers = [keras.layers.Dense(units, activation="relu"), keras.layers.Dropout(0.2), keras.layers.Dense(2, "softmax")]
+def network(units=8, sigmoid=False):
+    layers = [keras.layers.Dense(units, activation="relu"), keras.layers.Dropout(0.2)]
+    layers.append(keras.layers.Dense(1, "sigmoid") if sigmoid else keras.layers.Dense(2, "softmax", dtype="float32"))
     return keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 255), *layers])
 
 
@@ -37,7 +42,16 @@ ROW = Run("row", network, sgd, batch_size=16)
 
 
 def train(*runs, seeds=(0,), data=DATA, **options):
-    return clr_utils.run_experiment("t", runs or [ROW], seeds, data, **options)
+    return records(experiments.run_experiment("t", runs or [ROW], seeds, data, **options))
+
+
+def records(results):
+    """The rows of a DataFrame as dicts."""
+    return results.to_dict("records")
+
+
+def read(*arguments):
+    return records(experiments.read_results("t", *arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +126,7 @@ def test_the_curve_is_the_loss_of_every_update_with_its_learning_rate_and_moment
     [
         (lambda updates: CLR((0.01, 0.04), 3, (0.9, 0.6)), [0.01, 0.02, 0.03, 0.04], [0.9, 0.8, 0.7, 0.6]),
         (lambda updates: keras.optimizers.SGD(0.1, momentum=0.5), [0.1] * 4, [0.5] * 4),
-        (lambda updates: keras.optimizers.Adam(clr_utils.CyclicalLR((0.1, 0.4), 3)), [0.1, 0.2, 0.3, 0.4], None),
+        (lambda updates: keras.optimizers.Adam(CyclicalLR((0.1, 0.4), 3)), [0.1, 0.2, 0.3, 0.4], None),
         (
             lambda updates: keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.8, 1, 0.5)),
             [0.8, 0.4, 0.2, 0.1],
@@ -128,8 +142,8 @@ def test_the_curve_has_the_learning_rate_and_momentum_of_any_optimizer(make, rat
 
 def test_a_long_curve_is_thinned_to_means():
     loss = np.arange(1050.0)
-    curve = clr_utils._curve(loss, sgd(1050))
-    assert len(curve["update"]) == len(curve["loss"]) == clr_utils.CURVE_POINTS == 100
+    curve = experiments._curve(loss, sgd(1050))
+    assert len(curve["update"]) == len(curve["loss"]) == experiments.CURVE_POINTS == 100
     assert curve["update"][:3] == [0, 10, 21] and curve["loss"][:2] == [4.5, 15.0]
     assert curve["loss"][-1] == np.mean(loss[curve["update"][-1] :])
 
@@ -163,17 +177,16 @@ def test_the_optimizer_is_made_for_the_number_of_updates():
     assert set(asked) == {21}
 
 
-def test_a_finished_run_is_not_repeated(results_file, capsys):
+def test_a_finished_run_is_not_repeated(results_file):
     first = train(seeds=(0, 1))
     assert train(seeds=(0, 1)) == first and len(lines(results_file)) == 2
-    assert "2 of 2 runs are there already" in capsys.readouterr().out
 
 
 def test_a_run_recorded_without_each_epoch_is_repeated_where_they_are_asked_for(results_file):
     (first,) = train(ROW._replace(epochs=2))
     (second,) = train(ROW._replace(epochs=2), every_epoch=True)
     assert len(lines(results_file)) == 2 and results_of(first) == results_of(second)
-    assert clr_utils.read_results("t") == [second]
+    assert read() == [second]
     assert train(ROW._replace(epochs=2), every_epoch=True) == train(ROW._replace(epochs=2)) == [second]
 
 
@@ -196,12 +209,12 @@ def test_notes_do_not_overwrite_what_was_measured():
 def test_whatever_decides_the_result_makes_a_new_run(results_file, change):
     (first,), (changed,) = train(), train(ROW._replace(**change))
     assert first["code"] != changed["code"] and len(lines(results_file)) == 2
-    assert clr_utils.read_results("t", [ROW], 64, 32) == [first]
-    assert clr_utils.read_results("t", [ROW._replace(**change)], 64, 32) == [changed]
+    assert read([ROW], 64, 32) == [first]
+    assert read([ROW._replace(**change)], 64, 32) == [changed]
 
 
 def test_the_size_of_the_data_and_what_it_is_tested_on_make_a_new_run_and_its_source_too(results_file):
-    held_out = clr_utils.hold_out(DATA, 32)
+    held_out = experiments.hold_out(DATA, 32)
     fewer = DATA._replace(train=(X[:48], Y[:48]))
     made = [train(data=data)[0] for data in (DATA, held_out, fewer, DATA._replace(source="synthetic"))]
     assert len(lines(results_file)) == 4
@@ -209,7 +222,7 @@ def test_the_size_of_the_data_and_what_it_is_tested_on_make_a_new_run_and_its_so
 
 
 def test_code_does_not_depend_on_names_or_how_often_a_model_was_built():
-    assert clr_utils.code_of(ROW, 64, 32) == clr_utils.code_of(ROW._replace(name="other"), 64, 32)
+    assert experiments.code_of(ROW, 64, 32) == experiments.code_of(ROW._replace(name="other"), 64, 32)
 
     def branched(joined_first):
         inputs = keras.Input((4,))
@@ -217,28 +230,226 @@ def test_code_does_not_depend_on_names_or_how_often_a_model_was_built():
         c = keras.layers.Dense(3)(a if joined_first else b)
         return keras.Model(inputs, keras.layers.Dense(2, "softmax")(keras.layers.Concatenate()([a, b, c])))
 
-    codes = [clr_utils.code_of(Run("", lambda j=j: branched(j), sgd), 64, 32) for j in (True, True, False)]
+    codes = [experiments.code_of(Run("", lambda j=j: branched(j), sgd), 64, 32) for j in (True, True, False)]
     assert codes[0] == codes[1] != codes[2]
+
+
+def excluded(updates, names):
+    optimizer = keras.optimizers.AdamW(0.01)
+    optimizer.exclude_from_weight_decay(var_names=names)
+    return optimizer
+
+
+def started(updates, at):
+    optimizer = sgd(updates)
+    optimizer.iterations.assign(at)
+    return optimizer
+
+
+def scaled(factor):
+    layers = [keras.layers.Lambda(lambda x: x * factor, output_shape=(4,)), keras.layers.Dense(2, "softmax")]
+    return keras.Sequential([keras.Input((4,)), *layers])
+
+
+def with_bias(value):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, "softmax")])
+    model.layers[-1].bias.assign(value)
+    return model
+
+
+class Halved(keras.layers.Layer):
+    def call(self, x):
+        return x / 2
+
+
+class Thirds(keras.layers.Layer):
+    def call(self, x):
+        return x / 3
+
+
+Thirds.__name__ = "Halved"  # the configuration shows no more than the name
+
+
+def with_layer(kind):
+    return keras.Sequential([keras.Input((4,)), kind(), keras.layers.Dense(2, "softmax")])
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (
+            dict(make_optimizer=lambda updates: excluded(updates, ["bias"])),
+            dict(make_optimizer=lambda updates: excluded(updates, ["kernel"])),
+        ),
+        (
+            dict(make_optimizer=lambda updates: started(updates, 0)),
+            dict(make_optimizer=lambda updates: started(updates, 3)),
+        ),
+        (dict(make_model=lambda: scaled(2)), dict(make_model=lambda: scaled(3))),
+        (dict(make_model=lambda: with_bias([1.0, 2.0])), dict(make_model=lambda: with_bias([2.0, 1.0]))),
+        (dict(make_model=lambda: with_layer(Halved)), dict(make_model=lambda: with_layer(Thirds))),
+        (dict(precision="float32"), dict(precision="bfloat16")),
+    ],
+    ids=["excluded from weight decay", "iterations", "closure", "weights", "own class", "precision"],
+)
+def test_what_no_configuration_shows_is_in_the_code(one, other):
+    codes = [experiments.code_of(ROW._replace(**change), 64, 32) for change in (one, one, other)]
+    assert codes[0] == codes[1] != codes[2]
+
+
+def test_a_seed_that_keras_draws_for_a_layer_is_not_in_the_code():
+    def cropped(size=2):
+        layers = [keras.layers.RandomCrop(size, size), keras.layers.Flatten(), keras.layers.Dense(2, "softmax")]
+        return keras.Sequential([keras.Input((4, 4, 1)), *layers])
+
+    state = random.getstate()
+    codes = [experiments.code_of(ROW._replace(make_model=make), 64, 32) for make in (cropped, cropped)]
+    assert codes[0] == codes[1] != experiments.code_of(ROW._replace(make_model=lambda: cropped(3)), 64, 32)
+    assert random.getstate() == state
+
+
+@pytest.mark.parametrize("what", ["make_model", "make_optimizer"])
+def test_what_was_made_once_is_refused(results_file, what):
+    once = {"make_model": network(), "make_optimizer": sgd(4)}[what]
+    with pytest.raises(ValueError, match=f"{what} returns the same"):
+        train(ROW._replace(**{what: lambda *updates: once}), seeds=(0, 1))
+    assert not results_file.exists()
+
+
+def test_weights_shared_by_two_models_are_refused():
+    shared = keras.layers.Dense(2, "softmax")
+    with pytest.raises(ValueError, match="shares its weights"):
+        train(ROW._replace(make_model=lambda: keras.Sequential([keras.Input((4,)), shared])))
+
+
+def test_other_data_of_the_same_size_are_another_run(results_file):
+    flipped, turned = DATA._replace(train=(X[:64], 1 - Y[:64])), DATA._replace(train=(X[63::-1], Y[63::-1]))
+    made = [train(data=data)[0] for data in (DATA, flipped, turned, DATA)]
+    assert len(lines(results_file)) == 3 and made[0] == made[3]
+    assert len({line["data_checksum"] for line in made}) == 3 and len({line["code"] for line in made}) == 1
+
+
+def test_labels_may_be_lists_and_whole_floats_and_notes_numpy_numbers(results_file):
+    data = Dataset((X[:64], [int(y) for y in Y[:64]]), (X[64:], Y[64:].astype("float32")), "mnist", "made here")
+    (line,) = train(ROW._replace(notes={"peak": np.float32(0.5), "rates": np.arange(2)}), data=data)
+    assert line["peak"] == 0.5 and line["rates"] == [0, 1]
+    assert results_of(line) == results_of(train()[0]) and len(lines(results_file)) == 2
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ((X, Y), "give a Dataset"),
+        (DATA._replace(train=(X[:64], Y[:64] + 0.5)), "one whole number"),
+        (DATA._replace(train=(X[:64], np.eye(2)[Y[:64]])), "not one-hot"),
+        (DATA._replace(train=(X[:64], Y[:60])), "for each image"),
+        (DATA._replace(train=(X[:64], Y[:64] + 1)), "for 3 classes"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_are_refused(results_file, data, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        train(data=data)
+    assert not results_file.exists()
+
+
+def test_recorded_runs_are_asked_for_with_the_size_of_their_data():
+    with pytest.raises(ValueError, match="on how many images"):
+        read([ROW])
 
 
 def test_code_is_that_of_the_recorded_lines():
     # Changing it makes every recorded line stale. It must be the same with every version of Keras.
     run = Run(
-        "", lambda: clr_utils.rescaled(clr_utils.mnist_network()), lambda u: CLR((0.005, 0.05), u // 2, (0.95, 0.85))
+        "",
+        lambda: experiments.rescaled(experiments.mnist_network()),
+        lambda u: CLR((0.005, 0.05), u // 2, (0.95, 0.85)),
     )
     recorded = [
         line
         for line in lines(ROOT / "figures" / "results" / "02_lr_range_test.jsonl")
         if line["run"] == "convolutional, peak 0.05"
     ]
-    assert {line["code"] for line in recorded} == {clr_utils.code_of(run, 60000, 10000)}
+    assert {line["code"] for line in recorded} == {experiments.code_of(run, 60000, 10000)}
 
 
 def test_code_of_a_network_with_branches_and_batchnorm_is_the_same_with_every_version_of_keras():
     def rates(updates):
         return CLR((0.1, 3.5), updates // 2, 0.9)
 
-    assert clr_utils.code_of(Run("", lambda: clr_utils.residual_network(8, 1), rates), 640, 64) == "8b76e836705d"
+    assert experiments.code_of(Run("", lambda: experiments.residual_network(8, 1), rates), 640, 64) == "8b76e836705d"
+
+
+# ---- precision, settled statistics, checkpoints
+
+
+def normalised():
+    layers = [keras.layers.Dense(8), experiments.BatchNormalization(momentum=0.999), keras.layers.Dropout(0.5)]
+    last = keras.layers.Dense(2, "softmax", dtype="float32")
+    return keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 255), *layers, last])
+
+
+LONG = Run("row", normalised, lambda updates: CLR((0.01, 0.3), updates // 2, (0.95, 0.85)), epochs=6, batch_size=16)
+
+
+def test_bfloat16_is_for_what_the_run_builds_and_nothing_else():
+    (line,), (other,) = train(ROW._replace(precision="bfloat16")), train(ROW)
+    assert line["precision"] == "bfloat16" and other["precision"] == "float32"
+    assert line["test_loss"] != other["test_loss"] and abs(line["test_loss"] - other["test_loss"]) < 0.05
+    assert keras.config.dtype_policy().name == "float32"
+    with pytest.raises(ValueError, match='dtype="float32"'):
+        train(LONG._replace(precision="bfloat16", make_model=lambda: scaled(2)))
+
+
+def test_settled_statistics_are_measured_beside_the_running_ones_and_change_nothing(results_file):
+    (both,) = train(LONG._replace(epochs=2), every_epoch=True, settled=True)
+    (plain,) = train(LONG._replace(epochs=2), every_epoch=True)
+    assert plain == both  # a line that has more serves as well
+    results_file.unlink()
+    (plain,) = train(LONG._replace(epochs=2), every_epoch=True)
+    assert results_of(plain) == results_of(both) and "settled_accuracy" not in plain
+    assert both["every_epoch"]["settled_loss"][-1] == both["settled_loss"]
+    # The running statistics have kept 0.999 of what they started with, so the network tests badly with them.
+    assert both["settled_loss"] < both["test_loss"]
+
+
+def test_a_run_killed_in_its_fifth_epoch_and_called_again_ends_in_the_same_line(results_file, tmp_path):
+    code = """
+import os, signal
+written, count = t.experiments._write_checkpoint, 0
+def write(*arguments):
+    global count
+    written(*arguments)
+    count += 1
+    if count == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+t.experiments._write_checkpoint = write
+t.train(t.LONG, every_epoch=True, settled=True)
+"""
+    assert other_process(code, tmp_path).wait(timeout=120) == -signal.SIGKILL
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.npz")
+    assert not results_file.exists()
+    epochs, fit = [], experiments._Recorded.fit
+
+    def counted(self, *arguments, **options):
+        epochs.append(1)
+        return fit(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments._Recorded, "fit", counted)
+        (resumed,) = train(LONG, every_epoch=True, settled=True)
+    assert len(epochs) == 2 and not checkpoint.exists()
+    results_file.unlink()
+    (whole,) = train(LONG, every_epoch=True, settled=True)
+    assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
+
+
+def test_a_run_that_another_process_is_training_is_left_out_or_waited_for(results_file):
+    keys = {**{"experiment": "t", "run": "row", "profile": "smoke", "data": "mnist"}, "seed": 0}
+    keys |= {"data_checksum": experiments.checksum_of(DATA), "code": experiments.code_of(ROW, 64, 32)}
+    with FileLock(f"{experiments._checkpoint_file(keys, set())}.lock"):
+        assert train(wait=False) == []
+        assert [line["seed"] for line in train(seeds=(0, 1), wait=False)] == [1]
+    assert [line["seed"] for line in train(seeds=(0, 1))] == [0, 1]
 
 
 # ---- divergence
@@ -248,7 +459,7 @@ def test_a_run_whose_loss_is_not_finite_is_recorded_stopped_and_counted():
     (line,) = train(ROW._replace(make_optimizer=lambda updates: sgd(updates, 1e30), epochs=3), every_epoch=True)
     assert 0 < line["diverged_at"] < 4
     assert len(line["every_epoch"]["loss"]) == 1 and line["test_loss"] is None
-    assert clr_utils.summarise([line])[0].diverged == 1
+    assert experiments.summarise(frame(line)).diverged["row"] == 1
     json.dumps(line, allow_nan=False)
 
 
@@ -263,7 +474,7 @@ def test_a_run_whose_loss_is_not_finite_is_recorded_stopped_and_counted():
     ],
 )
 def test_diverged_at(loss, update):
-    found = clr_utils._diverged_at(np.array(loss), math.log(10))
+    found = experiments._diverged_at(np.array(loss), math.log(10))
     assert found in update if isinstance(update, range) else found == update
 
 
@@ -274,17 +485,24 @@ def test_a_line_cut_off_by_a_crash_is_ignored_and_costs_only_its_own_run(results
     first, second = train(seeds=(0, 1))
     text = results_file.read_text()
     results_file.write_text(text[:-20])
-    assert clr_utils.read_results("t") == [first]
+    assert read() == [first]
     again = train(seeds=(0, 1))
-    assert [line["seed"] for line in clr_utils.read_results("t")] == [0, 1]
+    assert [line["seed"] for line in read()] == [0, 1]
     assert results_of(again[1]) == results_of(second)
+
+
+def test_lines_that_ran_together_and_a_byte_order_mark_are_read(results_file):
+    first, second = train(seeds=(0, 1))
+    text = results_file.read_text()
+    results_file.write_bytes(b"\xef\xbb\xbf" + text.replace("}\n{", "}{").encode())
+    assert read() == [first, second] and train(seeds=(0, 1)) == [first, second]
 
 
 def other_process(code, folder):
     environment = {
         **os.environ,
         "CLR_OUTPUT_DIR": str(folder),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("", "notebooks", "tests")),
     }
     return subprocess.Popen([sys.executable, "-c", f"import test_experiments as t\n{code}"], env=environment)
 
@@ -297,17 +515,17 @@ def test_a_kill_at_any_moment_loses_no_finished_run(results_file, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    survived = clr_utils.read_results("t")
+    survived = read()
     assert 2 <= len(survived) < 100 and [line["seed"] for line in survived] == list(range(len(survived)))
     more = train(seeds=range(len(survived) + 2))
-    assert more[: len(survived)] == survived and len(clr_utils.read_results("t")) == len(survived) + 2
+    assert more[: len(survived)] == survived and len(read()) == len(survived) + 2
     assert results_of(more[0]) == results_of(train(data=DATA, seeds=(0,))[0])
 
 
 def test_two_processes_writing_to_one_file_lose_nothing(results_file, tmp_path):
     code = (
         "for n in range(300):\n"
-        "    t.clr_utils._append_line(t.pathlib.Path({path!r}), {{'run': '{run}', 'seed': n, 'fill': 'x' * 5000}})"
+        "    t.experiments._append_line(t.pathlib.Path({path!r}), {{'run': '{run}', 'seed': n, 'fill': 'x' * 5000}})"
     )
     processes = [other_process(code.format(path=str(results_file), run=run), tmp_path) for run in "ab"]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
@@ -318,12 +536,12 @@ def test_two_processes_writing_to_one_file_lose_nothing(results_file, tmp_path):
 def test_recorded_lines_beside_the_module_are_read_but_not_taken_for_this_run(results_file, monkeypatch, tmp_path):
     (first,) = train()
     monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(clr_utils, "__file__", str(tmp_path / "clr_utils.py"))
-    assert clr_utils.read_results("t") == [first]
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    assert read() == [first]
     (second,) = train(seeds=(0,))
     assert results_of(second) == results_of(first)
     assert len(lines(tmp_path / "elsewhere" / "figures" / "results" / "t.jsonl")) == 1
-    assert len(clr_utils.read_results("t")) == 1  # the same run of the same seed
+    assert len(read()) == 1  # the same run of the same seed
 
 
 @pytest.mark.parametrize(
@@ -334,48 +552,31 @@ def test_recorded_lines_beside_the_module_are_read_but_not_taken_for_this_run(re
         ([ROW, ROW], (0,), "a name of its own"),
         ([ROW._replace(epochs=0)], (0,), "epochs=0"),
         ([ROW._replace(batch_size=1.5)], (0,), "batch_size=1.5"),
-        ([ROW], (), "at least one"),
+        ([ROW], (), "different whole numbers"),
+        ([ROW], 5, "for example range"),
+        ([ROW._replace(precision="float16")], (0,), "precision='float16'"),
+        ([ROW._replace(notes={"model": network})], (0,), "cannot be written as JSON"),
+        ([ROW._replace(make_model=lambda: network(sigmoid=True))], (0,), "no sigmoid"),
         ([ROW], (0, 0), "different whole numbers"),
         ([ROW], (-1,), "whole numbers from 0"),
     ],
 )
 def test_bad_arguments_are_named(results_file, runs, seeds, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        clr_utils.run_experiment("t", runs, seeds, DATA)
+        experiments.run_experiment("t", runs, seeds, DATA)
     assert not results_file.exists()
-
-
-# ---- holding out
-
-
-def test_hold_out_takes_the_last_training_images_for_the_test_set():
-    held_out = clr_utils.hold_out(DATA, 20)
-    np.testing.assert_array_equal(held_out.train[0], X[:44])
-    np.testing.assert_array_equal(held_out.test[0], X[44:64])
-    np.testing.assert_array_equal(held_out.test[1], Y[44:64])
-    assert held_out.part == "validation" and DATA.part == "test"
-    for size in (0, 64, 1.5):
-        with pytest.raises(ValueError, match="can be held out"):
-            clr_utils.hold_out(DATA, size)
 
 
 # ---- summaries
 
 
 def line_of(run, seed, accuracy, diverged_at=None, **items):
-    curve = {"update": [0, 5], "loss": [2.0, 1.0 + seed], "learning_rate": [0.1, 0.2], "momentum": None}
-    return {
-        **{
-            "run": run,
-            "seed": seed,
-            "test_accuracy": accuracy,
-            "diverged_at": diverged_at,
-            "seconds": 2.0,
-            "epochs": 1,
-        },
-        **{"data": "mnist", "code": run, "curve": curve},
-        **items,
-    }
+    line = {"run": run, "seed": seed, "test_accuracy": accuracy, "diverged_at": diverged_at, "seconds": 2.0}
+    return {**line, "epochs": 1, "data": "mnist", "code": run, **items}
+
+
+def frame(*lines):
+    return pd.DataFrame(lines)
 
 
 A = [line_of("a", seed, accuracy) for seed, accuracy in enumerate((0.97, 0.98, 0.99))]
@@ -383,48 +584,80 @@ B = [line_of("b", seed, accuracy) for seed, accuracy in enumerate((0.96, 0.968, 
 
 
 def test_summarise():
-    (row,) = clr_utils.summarise(A)
-    assert (row.run, row.n, row.diverged, row.seconds) == ("a", 3, 0, 2.0)
-    assert row.mean == pytest.approx(98.0) and row.sd == pytest.approx(1.0)
+    row = experiments.summarise(frame(*A)).loc["a"]
+    assert (row.n, row.diverged, row.seconds) == (3, 0, 2.0)
+    assert row["mean"] == pytest.approx(98.0) and row.sd == pytest.approx(1.0)
     half = 4.302653 / math.sqrt(3)  # 97.5% quantile of Student's t with 2 degrees of freedom
     assert (row.low, row.high) == pytest.approx((98 - half, 98 + half), abs=1e-5)
 
 
 def test_seconds_are_the_median():
     slow = [line_of("a", seed, 0.9, seconds=seconds) for seed, seconds in enumerate((2.0, 3.0, 100.0))]
-    assert clr_utils.summarise(slow)[0].seconds == 3.0
+    assert experiments.summarise(frame(*slow)).seconds["a"] == 3.0
 
 
 def test_a_diverged_run_counts_in_the_mean():
-    (row,) = clr_utils.summarise([*A, line_of("a", 3, 0.10, diverged_at=7)])
-    assert row.diverged == 1 and row.n == 4 and row.mean == pytest.approx(76.0)
+    row = experiments.summarise(frame(*A, line_of("a", 3, 0.10, diverged_at=7))).loc["a"]
+    assert row.diverged == 1 and row.n == 4 and row["mean"] == pytest.approx(76.0)
 
 
 def test_one_seed_has_a_mean_and_no_interval():
-    (row,) = clr_utils.summarise(A[:1])
-    assert row.mean == pytest.approx(97.0) and math.isnan(row.sd) and math.isnan(row.low) and math.isnan(row.high)
-    assert "nan" not in str(clr_utils.results_table(A[:1]))
+    row = experiments.summarise(frame(*A[:1])).loc["a"]
+    assert row["mean"] == pytest.approx(97.0) and math.isnan(row.sd) and math.isnan(row.low) and math.isnan(row.high)
+    assert "nan" not in str(experiments.results_table(frame(*A[:1])))
+    assert "nan" not in str(experiments.results_table(frame(*A[:1], *B)))
 
 
 def test_compare_pairs_by_seed():
-    result = clr_utils.compare([*reversed(A), *B, line_of("b", 9, 0.1)], "a", "b")
-    assert result.n == 3 and result.difference == pytest.approx(1.0)
+    (row,) = records(experiments.compare(frame(*reversed(A), *B, line_of("b", 9, 0.1)), [("a", "b")]))
+    assert row["n"] == 3 and row["difference"] == pytest.approx(1.0)
     half = 4.302653 * np.std([1.0, 1.2, 0.8], ddof=1) / math.sqrt(3)
-    assert (result.low, result.high) == pytest.approx((1 - half, 1 + half), abs=1e-5)
-    assert result.apart and "told apart" in str(result) and "cannot" not in str(result)
-    back = clr_utils.compare([*A, *B], "b", "a")
-    assert back.apart and back.difference == pytest.approx(-1.0)
+    assert (row["low"], row["high"]) == pytest.approx((1 - half, 1 + half), abs=1e-5)
+    assert row["verdict"] == "ahead"
+    (back,) = records(experiments.compare(frame(*A, *B), [("b", "a")]))
+    assert back["verdict"] == "behind" and back["difference"] == pytest.approx(-1.0)
 
 
 def test_compare_says_when_nothing_can_be_told():
-    result = clr_utils.compare([*A, *[line_of("b", s, a) for s, a in enumerate((0.99, 0.98, 0.965))]], "a", "b")
-    assert not result.apart and result.low < 0 < result.high and "cannot be told apart" in str(result)
+    worse = [line_of("b", s, a) for s, a in enumerate((0.99, 0.98, 0.965))]
+    (row,) = records(experiments.compare(frame(*A, *worse), [("a", "b")]))
+    assert row["verdict"] == "not told apart" and row["low"] < 0 < row["high"]
 
 
-@pytest.mark.parametrize("names, message", [(("a", "c"), "'c' is not among"), (("a", "b"), "1 seeds in common")])
-def test_compare_refuses_what_cannot_be_compared(names, message):
+def test_the_comparisons_of_a_family_are_corrected_together():
+    # Alone, this pair's interval leaves out 0; among four comparisons that is no evidence any more.
+    lines = [*A, *B, *(line_of(name, s, 0.97 + 0.01 * s + (s == 1) / 100) for name in "cde" for s in range(3))]
+    alone = experiments.compare(frame(*lines), [("a", "b")])
+    family = experiments.compare(frame(*lines), [("a", "b"), ("a", "c"), ("a", "d"), ("a", "e")])
+    assert alone.verdict[0] == "ahead" and family.verdict[0] == "not told apart"
+    assert family.p_holm[0] == pytest.approx(4 * alone.p_holm[0])
+    assert (family.low[0], family.high[0]) == (alone.low[0], alone.high[0])
+
+
+@pytest.mark.parametrize(
+    "others, n",
+    [
+        ([line_of("b", s, a) for s, a in enumerate((0.96, 0.97))], 2),  # two pairs
+        ([line_of("b", s, a - 0.01) for s, a in enumerate((0.97, 0.98, 0.99))], 3),  # all differences are equal
+        ([line_of("b", 2, 0.5)], 1),
+    ],
+)
+def test_compare_does_not_judge_what_has_no_spread_or_fewer_than_three_pairs(others, n):
+    (row,) = records(experiments.compare(frame(*A, *others), [("a", "b")]))
+    assert row["n"] == n and row["verdict"] == "not judged" and math.isnan(row["p_holm"])
+
+
+@pytest.mark.parametrize(
+    "pairs, message",
+    [
+        ([("a", "c")], "'c' is not among"),
+        ([("a", "b")], "no seed in common"),
+        (("a", "b"), "give a list of pairs"),
+    ],
+)
+def test_compare_refuses_what_cannot_be_compared(pairs, message):
     with pytest.raises(ValueError, match=message):
-        clr_utils.compare([*A, B[0]], *names)
+        experiments.compare(frame(*A, line_of("b", 9, 0.5)), pairs)
 
 
 @pytest.mark.parametrize(
@@ -437,15 +670,14 @@ def test_compare_refuses_what_cannot_be_compared(names, message):
 )
 def test_what_does_not_belong_together_is_not_averaged(other, message):
     with pytest.raises(ValueError, match=message):
-        clr_utils.summarise([*A, other])
+        experiments.summarise(frame(*A, other))
 
 
-def test_results_table_in_a_notebook_and_in_a_file():
-    table = clr_utils.results_table([*A, *[dict(line, run="x|y", code="x|y") for line in B]])
-    text = table.markdown()
-    assert text == table._repr_markdown_() and text.count("\n") == 3
-    assert "| a | mnist | 1 | 3 | 98.00 ± 1.00 | 95.52 to 100.48 | 0 | 2 |" in text and "x\\|y" in text
-    assert str(table).splitlines()[1].split()[:4] == ["a", "mnist", "1", "3"]
+def test_results_table_prints_what_summarise_has():
+    table = experiments.results_table(frame(*A, *B))
+    assert table.loc["a", "test accuracy (%)"] == "98.00 ± 1.00" and table.loc["a", "95% interval"] == "95.52 to 100.48"
+    assert table.loc["a", "n"] == 3 and "diverged" not in table
+    assert "diverged" in experiments.results_table(frame(*A, line_of("a", 3, 0.1, diverged_at=7)))
 
 
 # ---- what feeds the training, and the networks
@@ -454,44 +686,21 @@ def test_results_table_in_a_notebook_and_in_a_file():
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.data")
 def test_no_thread_of_tf_data_holds_up_the_end_of_a_fit():
     order = np.random.default_rng(0).permutation(len(X))
-    batches = clr_utils._batches_in_graph(X, Y, order, 10)
+    batches = experiments._batches_in_graph(X, Y, order, 10)
     assert batches.options().autotune.enabled is False
     got = [(x.numpy(), y.numpy()) for x, y in batches]
     np.testing.assert_array_equal(np.concatenate([x for x, _ in got]), X[order])
     np.testing.assert_array_equal(np.concatenate([y for _, y in got]), Y[order])
-    assert clr_utils._Stream(X, Y, 10, 0, 5).data.options().autotune.enabled is False
 
 
 def test_the_images_that_stay_on_the_device_are_those_of_the_batches():
-    layer = clr_utils._Images(X)
-    for positions, labels in clr_utils._batches_of_positions(X, Y, np.arange(len(X))[::-1], 40):
+    layer = experiments._Images(X)
+    for positions, labels in experiments._batches_of_positions(X, Y, np.arange(len(X))[::-1], 40):
         images = keras.ops.convert_to_numpy(layer(positions))
         np.testing.assert_array_equal(images, X[positions])
         np.testing.assert_array_equal(labels, Y[positions])
         assert images.dtype == "float32"
     assert not layer.trainable_variables
-
-
-def test_the_residual_network_is_the_one_of_the_post():
-    model = clr_utils.residual_network()
-    assert model.count_params() == 1_016_970
-    convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
-    filters = [layer.filters for layer in convolutions]
-    assert filters == [128, *[32, 128, 128] * 8, 128]
-    assert [layer.kernel_size[0] for layer in convolutions] == [3, *[3, 3, 1] * 8, 3]
-    assert all(layer.momentum == 0.95 for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization))
-    small = clr_utils.residual_network(8, 1, batch_norm_momentum=0.5)
-    assert {layer.momentum for layer in small.layers if isinstance(layer, keras.layers.BatchNormalization)} == {0.5}
-    assert small(np.zeros((2, 32, 32, 3))).shape == (2, 10)
-
-
-@pytest.mark.parametrize(
-    "arguments, what",
-    [((30,), "width=30.*multiple of 4"), ((0,), "width=0"), ((8, -1), "blocks=-1"), ((8, 1, 1.0), "momentum=1.0")],
-)
-def test_a_residual_network_that_cannot_be_built_says_why(arguments, what):
-    with pytest.raises(ValueError, match=what):
-        clr_utils.residual_network(*arguments)
 
 
 # ---- the recorded results
@@ -506,6 +715,11 @@ def test_every_recorded_result_is_of_real_data_and_stands_once():
         assert path.stat().st_size < 1e6
 
 
+def markdown(table):
+    rows = [[table.index.name, *table.columns], ["---"] * (1 + len(table.columns)), *table.reset_index().to_numpy()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
 def test_the_tables_of_the_readme_are_those_of_the_recorded_lines():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     asked = re.findall(r"<!-- results_table of (\w+): (.+?) -->\n\n(\|.+?\|)\n\n", readme, re.S)
@@ -513,6 +727,7 @@ def test_the_tables_of_the_readme_are_those_of_the_recorded_lines():
     for experiment, rows, table in asked:
         recorded = lines(ROOT / "figures" / "results" / f"{experiment}.jsonl")
         kept = [line for row in rows.split("; ") for line in recorded if line["run"] == row]
-        assert clr_utils.results_table(kept).markdown() == table, "paste the left one into README.md"
+        made = experiments.results_table(frame(*kept))[["test accuracy (%)", "95% interval", "n"]]
+        assert markdown(made) == table, "paste the left one into README.md"
         hardware = "; ".join(sorted({line["hardware"] for line in kept}))
         assert f"{table}\n\nTrained on: {hardware}.\n" in readme

@@ -1,0 +1,53 @@
+"""settle_batch_norm: running statistics estimated anew, and nothing else touched."""
+
+import experiments  # isort: skip  # imports Keras without TensorFlow's greeting, so it comes first
+import keras
+import numpy as np
+import pytest
+
+from clr_utils import settle_batch_norm
+
+rng = np.random.default_rng(0)
+X = rng.normal(3, 2, (50, 4)).astype("float32")
+
+
+def value(variable):
+    return np.array(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)))
+
+
+@pytest.mark.parametrize("layer", [keras.layers.BatchNormalization, experiments.BatchNormalization])
+def test_statistics_become_the_means_over_the_batches(layer):
+    norm = layer(momentum=0.9)
+    model = keras.Sequential([keras.Input((4,)), norm])
+    norm.moving_mean.assign(np.full(4, 100.0))
+    settle_batch_norm(model, X, batch_size=16)  # the last two samples are left over
+    batches = X[:48].reshape(3, 16, 4)
+    np.testing.assert_allclose(value(norm.moving_mean), batches.mean(axis=(0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(value(norm.moving_variance), batches.var(axis=1).mean(axis=0), rtol=1e-4)
+    assert norm.momentum == 0.9
+
+
+def test_everything_else_stays_and_an_error_does_too():
+    dropout, norm = keras.layers.Dropout(0.5), keras.layers.BatchNormalization(momentum=0.7)
+    frozen = keras.layers.BatchNormalization(trainable=False)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), dropout, norm, frozen])
+    model.compile("adam", "mse")
+    model.fit(X, X, verbose=0)
+    own = {id(norm.moving_mean), id(norm.moving_variance)}
+    rest = [v for v in [*model.variables, *dropout.variables, *model.optimizer.variables] if id(v) not in own]
+    before = [value(v) for v in rest]
+    settle_batch_norm(model, X, 10)
+    for variable, was in zip(rest, before):
+        np.testing.assert_array_equal(value(variable), was)
+    with pytest.raises(Exception):
+        settle_batch_norm(model, np.full((20, 3), 1.0), 10)
+    assert norm.momentum == 0.7
+
+
+@pytest.mark.parametrize(
+    "layers, x, message",
+    [([keras.layers.Dense(2)], X, "nothing to settle"), ([keras.layers.BatchNormalization()], X[:8], "less than one")],
+)
+def test_what_cannot_be_settled_is_refused(layers, x, message):
+    with pytest.raises(ValueError, match=message):
+        settle_batch_norm(keras.Sequential([keras.Input((4,)), *layers]), x, 16)
