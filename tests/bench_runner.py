@@ -13,12 +13,15 @@ import pathlib
 import statistics
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
-import clr_utils  # isort: skip  # imports Keras, so it comes first
+import experiments  # isort: skip  # imports Keras without TensorFlow's greeting, so it comes first
 import numpy as np
 from bench_update import torch_mnist_network
 from timing import alternating, ratio
+
+from clr_utils import CLR
 
 UPDATES, BATCH_SIZE, PEAK = 800, 32, 0.05
 
@@ -28,16 +31,16 @@ labels = rng.integers(0, 10, len(images)).astype("uint8")
 
 
 def epoch_in_keras(recorded):
-    model = clr_utils.rescaled(clr_utils.mnist_network())
+    model = experiments.rescaled(experiments.mnist_network())
     if recorded:
-        model = clr_utils._Recorded(model.inputs[0], model.outputs[0], UPDATES)
-    optimizer = clr_utils.CLR((PEAK / 10, PEAK), UPDATES // 2, (0.95, 0.85), "one_cycle")
+        model = experiments._Recorded(model.inputs[0], model.outputs[0], UPDATES)
+    optimizer = CLR((PEAK / 10, PEAK), UPDATES // 2, (0.95, 0.85), "one_cycle")
     model.compile(optimizer, "sparse_categorical_crossentropy", steps_per_execution=100)
 
     def epoch():
         if recorded:
-            model.record.clear()
-        shuffled = clr_utils._batches_in_graph(images, labels, rng.permutation(len(images)), BATCH_SIZE)
+            model.record.reset_state()
+        shuffled = experiments._batches_in_graph(images, labels, rng.permutation(len(images)), BATCH_SIZE)
         model.fit(shuffled, steps_per_epoch=UPDATES, shuffle=False, verbose=0)
 
     return epoch
@@ -48,7 +51,7 @@ def epoch_in_torch():
     from torch import nn
 
     model, loss_of = torch_mnist_network(nn), nn.CrossEntropyLoss()
-    assert sum(p.numel() for p in model.parameters()) == clr_utils.mnist_network().count_params()
+    assert sum(p.numel() for p in model.parameters()) == experiments.mnist_network().count_params()
     x, y = torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 
     def epoch():
@@ -73,7 +76,7 @@ def main():
     except ImportError:
         print("PyTorch is not installed: not timed", file=sys.stderr)
     seconds = alternating(contestants, rounds)
-    print(clr_utils.describe_machine())
+    print(experiments.describe_machine())
     for name, times in seconds.items():
         print(f"{name:7} {UPDATES / statistics.median(times):6.0f} updates/s")
     for yardstick in ("fit", "PyTorch"):

@@ -11,8 +11,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CLR_PROFILE", "smoke")
 os.environ.setdefault("CLR_SYNTHETIC", "always")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["TQDM_DISABLE"] = "1"
 
-import clr_utils  # noqa: E402, I001  (first, because it imports Keras without TensorFlow's greeting)
+import experiments  # noqa: E402, I001  (first, because it imports Keras without TensorFlow's greeting)
 import hypothesis  # noqa: E402
 import keras  # noqa: E402
 import pytest  # noqa: E402
@@ -21,7 +22,7 @@ import pytest  # noqa: E402
 hypothesis.settings.register_profile("clr", deadline=None, derandomize=True, database=None, max_examples=150)
 hypothesis.settings.load_profile("clr")
 
-assert clr_utils.keras is keras
+assert experiments.keras is keras
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
     python tools/make_colab.py                                  # all of notebooks/
     python tools/make_colab.py notebooks/01_clr_optimizer.ipynb
 
-The cell that looks for clr_utils.py is replaced by one that unpacks it, with the recorded runs that the notebook reads,
-into the working folder. Outputs are kept, so the uploaded file can be read before it is run.
+The cell that looks for clr_utils.py is replaced by one that unpacks it, with experiments.py and the recorded runs that
+the notebook reads, into the working folder. Outputs are kept, so the uploaded file can be read before it is run.
 """
 
 import argparse
@@ -20,17 +20,19 @@ import stamp_badges
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGET = ROOT / "build" / "colab"
 CELL = '''\
-# clr_utils.py{results}, packed into this cell: it writes them into the working folder.
+# clr_utils.py and experiments.py{results}, packed into this cell: it writes them into the working folder.
 import base64
 import io
+import sys
 import zipfile
 
 PACKED = """
 {packed}
 """
 zipfile.ZipFile(io.BytesIO(base64.b64decode(PACKED))).extractall()
+sys.path.insert(0, "notebooks")
 
-import clr_utils  # imports Keras too, without the greetings of TensorFlow
+import experiments  # imports Keras too, without the greetings of TensorFlow
 '''
 
 
@@ -47,10 +49,11 @@ def main(arguments=None):
 def self_contained(notebook, name):
     """The notebook with its third cell, which finds clr_utils.py, replaced by one that brings it along."""
     number = name[:2]
-    along = [ROOT / "clr_utils.py", *sorted((ROOT / "notebooks").glob(f"{number}_*.py"))]
+    along = [ROOT / "clr_utils.py", ROOT / "notebooks" / "experiments.py"]
+    along += sorted((ROOT / "notebooks").glob(f"{number}_*.py"))
     results = sorted((ROOT / "figures" / "results").glob(f"{number}_*.json*"))
     notebook.cells[2].source = CELL.format(
-        results=" and the recorded results" if results else "", packed=packed(along + results)
+        results=", with the recorded results" if results else "", packed=packed(along + results)
     )
     notebook.cells[2].metadata["jupyter"] = {"source_hidden": True}
     notebook.cells[2].metadata["cellView"] = "form"  # Colab's way of folding a cell

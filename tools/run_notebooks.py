@@ -33,6 +33,7 @@ def main():
         if not path.is_file():
             parser.error(f"{path} is not there")
 
+    os.environ["TQDM_DISABLE"] = "1"  # bars are for those who watch; here they would stay in the outputs
     if options.in_place:
         os.environ["CLR_SYNTHETIC"] = "never"  # what is committed comes from real data
         os.environ["CLR_OUTPUT_DIR"] = str(ROOT)
