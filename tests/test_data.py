@@ -535,13 +535,12 @@ def test_synthetic_data_have_the_form_of_the_real_ones(drawn, name):
 
 
 @pytest.mark.parametrize(
-    "name, mean, labels",
-    [("mnist", 26.7167, [4, 5, 7, 9, 0, 1, 8, 9]), ("cifar10", 127.5912, [8, 0, 1, 2, 1, 8, 8, 5])],
+    "name, pixels",
+    [("mnist", [0, 0, 12, 0, 34, 148, 88, 119, 9, 35]), ("cifar10", [0, 114, 101, 29, 105, 77, 148, 191, 107, 114])],
 )
-def test_synthetic_data_are_those_of_the_results(drawn, name, mean, labels):
-    images, first = drawn[name].train
-    assert images.mean() == pytest.approx(mean, abs=0.001)  # processors may round a pixel differently
-    np.testing.assert_array_equal(first[:8].ravel(), labels)
+def test_synthetic_data_are_those_of_the_results(drawn, name, pixels):
+    some = drawn[name].train[0][999, 14, 4:24:2].ravel()[:10]
+    np.testing.assert_allclose(some, pixels, atol=1)  # processors may round differently
 
 
 @stand_ins
