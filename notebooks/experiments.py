@@ -4,7 +4,6 @@ import ast
 import contextlib
 import functools
 import hashlib
-import http.client
 import inspect
 import itertools
 import json
@@ -22,10 +21,9 @@ import tempfile
 import textwrap
 import time
 import types
-import urllib.request
 import warnings
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -83,20 +81,19 @@ class Dataset(NamedTuple):
     origin: str  # the folder or address, for the reader
     part: str = "test"  # what `test` is: the test set, or "validation", held out of the training set
 
+    @property
+    def checksum(self):
+        """12 hex digits of SHA-256 over the types, shapes and bytes of the four arrays, in their order."""
+        digest = hashlib.sha256()
+        for array in map(np.ascontiguousarray, (*self.train, *self.test)):
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(array.data)
+        return digest.hexdigest()[:12]
 
-class _Files(NamedTuple):
-    """What a data set is made of: its archive, where to find it, and the shapes it must have."""
 
-    name: str
-    archives: tuple  # names under which Keras keeps the archive in its cache, the present one first
-    sha256: str
-    mirrors: tuple
-    shapes: dict
-
-
-_MNIST = _Files(
+_MNIST = SimpleNamespace(
     name="mnist",
-    archives=("mnist.npz",),
+    archives=("mnist.npz",),  # what Keras calls it in its cache, the present name first
     sha256="731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1",
     mirrors=(
         "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz",
@@ -104,7 +101,7 @@ _MNIST = _Files(
     ),
     shapes={"x_train": (60000, 28, 28), "y_train": (60000,), "x_test": (10000, 28, 28), "y_test": (10000,)},
 )
-_CIFAR10 = _Files(
+_CIFAR10 = SimpleNamespace(
     name="cifar10",
     archives=("cifar-10-batches-py-target_archive", "cifar-10-batches-py.tar.gz", "cifar-10-python.tar.gz"),
     sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
@@ -117,21 +114,35 @@ _CIFAR10 = _Files(
 
 
 def load_mnist(train_size=60000, test_size=10000):
-    """MNIST: grey 28 x 28 images, uint8 (n, 28, 28), and digits 0-9, uint8 (n,), the first n of each part.
+    """MNIST: grey images, uint8 (n, 28, 28), and the digits on them, uint8 (n,).
 
-    Looked for in this order: mnist.npz in the folder CLR_DATA_DIR, the Keras cache, the internet (checksum
-    verified, kept in the Keras cache). Where none of them has it, a synthetic stand-in of the same shapes is
-    drawn, with a warning, and `source` says "synthetic". CLR_SYNTHETIC=never makes that an error instead,
-    CLR_SYNTHETIC=always draws it at once.
+    It is looked for in the folder CLR_DATA_DIR (mnist.npz), in the Keras cache, and on the internet (then kept in that
+    cache), in this order. If none has it, a synthetic stand-in is drawn, with a warning: CLR_SYNTHETIC=never makes
+    that an error, CLR_SYNTHETIC=always draws it at once.
 
-    Raises ValueError for a broken file in CLR_DATA_DIR: data that you named yourself are never passed over.
+    Args:
+        train_size, test_size: How many images, the first of each part. Defaults to all.
+
+    Returns:
+        A `Dataset`.
+
+    Raises:
+        ValueError: A file in CLR_DATA_DIR is broken: data that you named yourself are never passed over.
+        RuntimeError: No place has the data, and CLR_SYNTHETIC=never.
     """
-    return _load(_MNIST, synthetic_mnist, train_size, test_size)
+    return _load(_MNIST, _draw_mnist, 1, train_size, test_size)
 
 
 def load_cifar10(train_size=50000, test_size=10000):
     """CIFAR-10: colour images, uint8 (n, 32, 32, 3), and classes 0-9, uint8 (n, 1). The rest as in `load_mnist`."""
-    return _load(_CIFAR10, synthetic_cifar10, train_size, test_size)
+    return _load(_CIFAR10, _draw_cifar10, 3, train_size, test_size)
+
+
+def subset(dataset, size):
+    """The dataset with the first `size` of its training images, and the same test images."""
+    x, y = dataset.train
+    _check_size("size", size, len(x))
+    return dataset._replace(train=(x[:size], y[:size]))
 
 
 def hold_out(dataset, size):
@@ -139,255 +150,177 @@ def hold_out(dataset, size):
 
     The training part is shorter by as many. The order of these data sets is random already.
     """
-    (x, y), most = dataset.train, len(dataset.train[0]) - 1
-    if not isinstance(size, numbers.Integral) or not 1 <= size <= most:
-        raise ValueError(f"size={size!r}: of {most + 1:,} training images, 1 to {most:,} can be held out.")
+    x, y = dataset.train
+    _check_size("size", size, len(x) - 1)
     return dataset._replace(train=(x[:-size], y[:-size]), test=(x[-size:], y[-size:]), part="validation")
 
 
-def _load(files, draw, train_size, test_size):
-    for name, size in (("train_size", train_size), ("test_size", test_size)):
-        most = files.shapes["x_" + name.split("_")[0]][0]
-        if not isinstance(size, numbers.Integral) or not 1 <= size <= most:
-            raise ValueError(f"{name}={size!r}: {files.name} has 1 to {most:,} images in this part.")
-    synthetic = os.environ.get("CLR_SYNTHETIC", "auto")
+def _check_size(name, size, most):
+    if not isinstance(size, numbers.Integral) or not 1 <= size <= most:
+        raise ValueError(f"{name}={size!r}: give a whole number of images from 1 to {most:,}.")
+
+
+def _load(files, draw, seed, train_size, test_size):
+    _check_size("train_size", train_size, files.shapes["x_train"][0])
+    _check_size("test_size", test_size, files.shapes["x_test"][0])
+    synthetic, trouble = os.environ.get("CLR_SYNTHETIC", "auto"), []
     if synthetic not in ("auto", "always", "never"):
         raise ValueError(f"CLR_SYNTHETIC={synthetic!r}: it can be auto, always or never.")
-    if synthetic != "always":
-        found, trouble = _find(files)
-        if found:
-            arrays, origin = found
-            train = arrays["x_train"][:train_size], arrays["y_train"][:train_size]
-            test = arrays["x_test"][:test_size], arrays["y_test"][:test_size]
-            return Dataset(train, test, files.name, origin)
-        if synthetic == "never":
-            raise RuntimeError(f"No real {files.name}, and CLR_SYNTHETIC=never forbids a stand-in.\n{trouble}")
-    else:
-        trouble = "CLR_SYNTHETIC=always asks for it."
+    if synthetic != "always" and (data := _find(files, trouble)):
+        return subset(data, train_size)._replace(test=tuple(array[:test_size] for array in data.test))
+    why = "\n  ".join(trouble) or "CLR_SYNTHETIC=always asks for it."
+    if synthetic == "never":
+        raise RuntimeError(f"No real {files.name}, and CLR_SYNTHETIC=never forbids a stand-in.\n  {why}")
     warnings.warn(
-        f"\n{'=' * 88}\n  SYNTHETIC DATA instead of {files.name}: nothing below is a {files.name} result.\n"
-        f"{trouble}\n  For the real data go online, or put {files.name}.npz into a folder and set CLR_DATA_DIR to it."
-        f"\n{'=' * 88}",
+        f"\n{'=' * 88}\n  SYNTHETIC DATA instead of {files.name}: nothing below is a {files.name} result.\n  {why}\n"
+        f"  For the real data go online, or put {files.name}.npz into a folder and set CLR_DATA_DIR to it.\n{'=' * 88}",
         stacklevel=3,
     )
-    return Dataset(*draw(train_size, test_size), "synthetic", "drawn by clr_utils")
+    train, test = _in_blocks(draw, seed, train_size), _in_blocks(draw, seed + 1, test_size)
+    return Dataset(train, test, "synthetic", "a random generator")
 
 
-def _find(files):
-    """((arrays, origin), "") of the first place that has the data, otherwise (None, what went wrong where)."""
-    trouble = []
-    folder = os.environ.get("CLR_DATA_DIR")
-    if folder:
+def _find(files, trouble):
+    """The whole Dataset from the first place that has it, or None; `trouble` gathers what went wrong before."""
+    if folder := os.environ.get("CLR_DATA_DIR"):
         path = pathlib.Path(folder).expanduser() / f"{files.name}.npz"
         if not path.parent.is_dir():
             raise ValueError(f"CLR_DATA_DIR={folder!r} is no folder. Correct it, or unset it to use the Keras cache.")
         if path.exists():
-            return (_read(path, files), f"CLR_DATA_DIR ({path.name})"), ""
-        trouble.append(f"  CLR_DATA_DIR has no {path.name}.")
+            return _read(path, files, f"CLR_DATA_DIR ({path.name})")
+        trouble.append(f"CLR_DATA_DIR has no {path.name}.")
     cache = pathlib.Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "datasets"
-    for archive in files.archives:
-        if (cache / archive).is_file():
-            if _sha256(cache / archive) == files.sha256:
-                return (_read(cache / archive, files), "the Keras cache"), ""
-            trouble.append(f"  {archive} in the Keras cache is truncated or corrupt (checksum), so it is not used.")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):
-            pass
-    except OSError as error:
-        trouble.append(f"  The Keras cache cannot be written ({error.strerror}): KERAS_HOME moves it elsewhere.")
-        cache = None
-    with tempfile.TemporaryDirectory(dir=cache, prefix="clr_utils-") as part:  # gone again whatever happens
+    for path in filter(pathlib.Path.is_file, (cache / name for name in files.archives)):
+        if hashlib.sha256(path.read_bytes()).hexdigest() == files.sha256:
+            return _read(path, files, "the Keras cache")
+        trouble.append(f"{path.name} in the Keras cache is truncated or corrupt (checksum), so it is not used.")
+    return _download(files, cache, trouble)
+
+
+def _download(files, cache, trouble, timeout=15):
+    """The same from the first mirror that delivers, kept in `cache`. timeout: seconds for which one may be silent."""
+    with warnings.catch_warnings():  # tqdm's about ipywidgets, without which its bar is made of text
+        warnings.simplefilter("ignore")
+        import pooch
+    downloader = pooch.HTTPDownloader(progressbar=True, timeout=timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cache).close()
+            folder = cache
+        except OSError as error:
+            trouble.append(f"The Keras cache cannot be written ({error.strerror}): KERAS_HOME moves it elsewhere.")
         for mirror in files.mirrors:
-            path = pathlib.Path(part) / files.archives[0]
             try:
-                _download(mirror, path, files.sha256, patient=mirror is files.mirrors[-1])
-            except OSError as error:
-                trouble.append(f"  {mirror}: {error}")
-                continue
-            arrays = _read(path, files)
-            if cache:
-                os.replace(path, cache / files.archives[0])
-            return (arrays, mirror), ""
-    return None, "\n".join(trouble)
+                path = pooch.retrieve(mirror, files.sha256, files.archives[0], folder, downloader=downloader)
+            except (OSError, ValueError) as error:  # all of requests' errors; a wrong checksum
+                trouble.append(f"{mirror}: {error}")
+            else:
+                pathlib.Path(path).chmod(0o644)  # made for its owner alone; a cache may be shared
+                return _read(pathlib.Path(path), files, mirror)
 
 
-def _download(url, path, sha256, patient, timeout=15, slowest=100e3, trial=20):
-    """Fetches url to path, or raises OSError with the reason; path is then worthless.
-
-    timeout: seconds of silence after which to give up. Unless patient, a source that delivers fewer than
-    `slowest` bytes/s over its first `trial` seconds is given up as well, for the next may be faster.
-    """
-    digest, done, start = hashlib.sha256(), 0, time.monotonic()
+def _read(path, files, origin):
+    """The Dataset in an .npz file or in CIFAR-10's own archive, checked."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
-            size = int(response.headers.get("Content-Length") or 0)
-            print(f"Downloading {url}")
-            progress = keras.utils.Progbar(size or None, unit_name="byte")
-            while chunk := response.read1(1 << 16):
-                file.write(chunk)
-                digest.update(chunk)
-                done += len(chunk)
-                progress.update(done, finalize=False)
-                seconds = time.monotonic() - start
-                if not patient and seconds > trial and done < slowest * seconds:
-                    raise OSError(f"too slow ({done / seconds / 1e3:.0f} kB/s), trying the next source")
-            print()
-    except TimeoutError:
-        raise OSError(f"no answer for {timeout} seconds (after {done:,} bytes)") from None
-    except http.client.HTTPException as error:
-        raise OSError(f"broken answer after {done:,} bytes ({error!r})") from None
-    if size and done < size:
-        raise OSError(f"truncated: {done:,} of {size:,} bytes")
-    if digest.hexdigest() != sha256:
-        raise OSError(f"wrong checksum (SHA-256 {digest.hexdigest()[:12]}..., expected {sha256[:12]}...)")
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _read(path, files):
-    """The four arrays of a data file, checked; ValueError says what is wrong with it."""
-    try:
-        if path.suffix != ".npz":
-            arrays = _read_cifar10_archive(path)
+        if path.suffix == ".npz":
+            with np.load(path) as npz:
+                arrays = [npz[name] for name in files.shapes]
         else:
-            with np.load(path, allow_pickle=False) as npz:
-                arrays = {name: npz[name] for name in files.shapes}
+            arrays = _read_cifar10_archive(path)
+        for array, (name, shape) in zip(arrays, files.shapes.items()):
+            highest = 9 if name[0] == "y" else 255
+            if array.shape != shape or array.dtype.kind not in "iu" or array.min() < 0 or array.max() > highest:
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, {array.min()} to {array.max()}")
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as {files.name} ({type(error).__name__}: {error}). It may be truncated: "
-            f"replace it, or take it away. Expected: an .npz file with {', '.join(files.shapes)}."
+            f"{path} is not {files.name} as keras.datasets gives it ({type(error).__name__}: {error}). It may "
+            f"be truncated: replace it, or take it away. Expected: whole numbers, labels 0 to 9, in {files.shapes}."
         ) from error
-    for name, shape in files.shapes.items():
-        array, highest = arrays[name], 255 if name[0] == "x" else 9
-        if array.shape != shape or array.dtype.kind not in "iu" or array.min() < 0 or array.max() > highest:
-            raise ValueError(
-                f"{path}: {name} is {array.dtype} {array.shape}, expected whole numbers from 0 to {highest} in the "
-                f"shape {shape}, as keras.datasets gives them. Replace the file, or take it away."
-            )
-    return {name: array.astype(np.uint8, copy=False) for name, array in arrays.items()}
+    x, y, x_test, y_test = (array.astype(np.uint8, copy=False) for array in arrays)
+    return Dataset((x, y), (x_test, y_test), files.name, origin)
 
 
 def _read_cifar10_archive(path):
     """The arrays in the python version of CIFAR-10. These are pickles: only files of the right checksum come here."""
-    batches = {}
     with tarfile.open(path) as tar:
-        for member in tar:
-            name = pathlib.PurePath(member.name).name
-            if "_batch" in name:
-                batch = pickle.load(tar.extractfile(member), encoding="bytes")
-                images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-                batches[name] = images, np.array(batch[b"labels"], np.uint8)[:, None]
-    train = [batches[f"data_batch_{i}"] for i in range(1, 6)]
-    x_train, y_train = (np.concatenate(parts) for parts in zip(*train))
-    x_test, y_test = batches["test_batch"]
-    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+        batches = {m.name: pickle.load(tar.extractfile(m), encoding="bytes") for m in tar if "_batch" in m.name}
+    batches = [batches[name] for name in sorted(batches)]  # data_batch_1 to data_batch_5, test_batch
+    images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = np.concatenate([batch[b"labels"] for batch in batches]).astype(np.uint8)[:, None]
+    images, n = np.ascontiguousarray(images), len(labels) - len(batches[-1][b"labels"])
+    return images[:n], labels[:n], images[n:], labels[n:]
 
 
-def synthetic_mnist(train_size=60000, test_size=10000):
-    """A stand-in for MNIST without any download: the digits of the fonts that matplotlib ships, distorted.
-
-    Random slant, rotation, width, height, shift, stroke brightness, blur and noise, the same on every machine.
-    Image i does not depend on how many are drawn. Returns (images, labels) of train and of test.
-    """
-    glyphs = _digit_glyphs()
-
-    def draw(rng, n):
-        labels = rng.integers(0, 10, n).astype(np.uint8)
-        glyph = glyphs[rng.integers(0, glyphs.shape[0], n), labels]
-        angle, slant = rng.normal(0, 0.12, n), rng.normal(0.1, 0.3, n)
-        width, height = rng.uniform(0.55, 1.15, n), rng.uniform(0.75, 1.1, n)
-        shift = rng.uniform(-3.5, 3.5, (n, 2, 1, 1))
-        y, x = np.mgrid[:28, :28] - 13.5
-        x, y = x - shift[:, 0], y - shift[:, 1]
-        cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
-        u = (x * cos + y * sin) / width[:, None, None] + slant[:, None, None] * y
-        v = (y * cos - x * sin) / height[:, None, None]
-        # The glyphs are 56 x 56 for a box of 20 x 20 pixels of the image.
-        u, v = (np.clip(w * 2.8 + 28, 0, 54.99).astype(np.float32) for w in (u, v))
-        column, row = u.astype(int), v.astype(int)
-        fx, fy, k = u - column, v - row, np.arange(n)[:, None, None]
-        image = (1 - fy) * ((1 - fx) * glyph[k, row, column] + fx * glyph[k, row, column + 1])
-        image += fy * ((1 - fx) * glyph[k, row + 1, column] + fx * glyph[k, row + 1, column + 1])
-        image = image * rng.uniform(0.5, 1.0, (n, 1, 1)) + 0.12 * rng.standard_normal(image.shape, np.float32)
-        return (np.clip(image, 0, 1) * 255).astype(np.uint8), labels
-
-    return _in_blocks(draw, train_size, 1), _in_blocks(draw, test_size, 2)
+def _in_blocks(draw, seed, size, block=1000):
+    """`size` images and labels, each block of 1,000 from a random generator of its own: a prefix is always the same."""
+    drawn = [draw(np.random.Generator(np.random.PCG64([seed, b])), block) for b in range(-(-size // block))]
+    images, labels = (np.concatenate(parts)[:size] for parts in zip(*drawn))
+    return images, labels
 
 
+def _draw_mnist(rng, n):
+    """Digits in ten fonts with random slant, rotation, size, shift, brightness and noise; labels."""
+    glyphs, labels = _digit_glyphs(), rng.integers(0, 10, n).astype(np.uint8)
+    glyph = glyphs[rng.integers(0, len(glyphs), n), labels]
+    angle, slant = rng.normal(0, 0.12, (n, 1, 1)), rng.normal(0.1, 0.3, (n, 1, 1))
+    width, height = rng.uniform(0.55, 1.15, (n, 1, 1)), rng.uniform(0.75, 1.1, (n, 1, 1))
+    x, y = np.mgrid[:28, :28][::-1, None] - 13.5 - rng.uniform(-3.5, 3.5, (n, 2, 1, 1)).swapaxes(0, 1)
+    u = (x * np.cos(angle) + y * np.sin(angle)) / width + slant * y
+    v = (y * np.cos(angle) - x * np.sin(angle)) / height
+    u, v = (np.clip(w * 2.8 + 28, 0, 54.99).astype(np.float32) for w in (u, v))  # 20 image pixels to 56 of the glyph
+    column, row, k = u.astype(int), v.astype(int), np.arange(n)[:, None, None]
+    fx, fy = u - column, v - row
+    above, below = ((1 - fx) * glyph[k, r, column] + fx * glyph[k, r, column + 1] for r in (row, row + 1))
+    image = ((1 - fy) * above + fy * below) * rng.uniform(0.5, 1.0, (n, 1, 1))
+    image += 0.12 * rng.standard_normal(image.shape, np.float32)
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8), labels
+
+
+@functools.cache
 def _digit_glyphs():
-    """The digits in ten fonts as an array (fonts, digits, 56, 56), 0 to 1; the outlines come with matplotlib."""
-    import matplotlib
-    from matplotlib.font_manager import FontProperties
+    """The digits in the fonts that come with matplotlib as an array (fonts, digits, 56, 56), 0 to 1."""
+    from matplotlib import font_manager, get_data_path
     from matplotlib.path import Path
     from matplotlib.textpath import TextPath
 
-    fonts = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    names = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif"]
-    names += ["DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10"]
-    y, x = np.mgrid[:112, :112]
-    points = np.stack([x.ravel(), y.ravel()], axis=1) + 0.5
-    glyphs = np.empty((len(names), 10, 56, 56), np.float32)
-    for f, name in enumerate(names):
-        for digit in range(10):
-            outline = TextPath((0, 0), str(digit), size=100, prop=FontProperties(fname=fonts / f"{name}.ttf"))
-            box = outline.get_extents()
-            vertices = (outline.vertices - [(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]) * (100 / box.height)
-            rings = Path(vertices * [1, -1] + 56, outline.codes).to_polygons()
-            inside = sum(Path(ring).contains_points(points).astype(int) for ring in rings) % 2  # holes stay holes
-            glyphs[f, digit] = inside.reshape(56, 2, 56, 2).mean(axis=(1, 3))  # 2 x 2 points a pixel: soft edges
-    return glyphs
+    fonts = "DejaVuSans DejaVuSans-Bold DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif DejaVuSerif-Italic "
+    fonts += "STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10"
+    points = np.mgrid[:112, :112][::-1].reshape(2, -1).T + 0.5  # 2 x 2 points a pixel: soft edges
+    glyphs = []
+    for font, digit in itertools.product(fonts.split(), "0123456789"):
+        file = pathlib.Path(get_data_path(), "fonts", "ttf", f"{font}.ttf")
+        outline = TextPath((0, 0), digit, size=100, prop=font_manager.FontProperties(fname=file))
+        box = outline.get_extents()
+        vertices = (outline.vertices - [(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]) * (100 / box.height)
+        rings = Path(vertices * [1, -1] + 56, outline.codes).to_polygons()
+        inside = sum(Path(ring).contains_points(points).astype(int) for ring in rings) % 2  # holes stay holes
+        glyphs.append(inside.reshape(56, 2, 56, 2).mean(axis=(1, 3)))
+    return np.float32(glyphs).reshape(-1, 10, 56, 56)
 
 
-def synthetic_cifar10(train_size=50000, test_size=10000):
-    """A stand-in for CIFAR-10 without any download: five shapes, each striped or chequered, in random colours.
-
-    Class = 2 * shape + texture; position, size, angle, colours, background and noise are random, the same on every
-    machine. Image i does not depend on how many are drawn. Returns (images, labels) of train and of test.
-    """
-
-    def draw(rng, n):
-        labels = rng.integers(0, 10, n)
-        shape, chequered = (labels // 2)[:, None, None], (labels % 2)[:, None, None] == 1
-        centre = rng.uniform(-5, 5, (n, 2, 1, 1))
-        size, angle = rng.uniform(8, 13, (n, 1, 1)), rng.uniform(0, 2 * np.pi, (n, 1, 1))
-        period, phase = rng.uniform(3.5, 6, (n, 1, 1)), rng.uniform(0, 2 * np.pi, (n, 1, 1))
-        y, x = np.mgrid[:32, :32] - 15.5
-        x, y = x - centre[:, 0], y - centre[:, 1]
-        u, v = (x * np.cos(angle) + y * np.sin(angle)) / size, (y * np.cos(angle) - x * np.sin(angle)) / size
-        radius, theta = np.hypot(u, v), np.arctan2(v, u)
-        inside = np.choose(
-            shape,
-            [
-                radius < 0.85,
-                np.maximum(abs(u), abs(v)) < 0.75,
-                radius * np.cos((theta % (2 * np.pi / 3)) - np.pi / 3) < 0.5,  # triangle
-                (radius > 0.5) & (radius < 1.0),  # ring
-                np.minimum(abs(u), abs(v)) < np.where(radius < 1.0, 0.28, -1.0),  # cross
-            ],
-        )
-        wave_u, wave_v = np.sin(2 * np.pi * u * size / period + phase), np.sin(2 * np.pi * v * size / period)
-        light = np.where(chequered, wave_u * wave_v, wave_u) > 0
-        colours = rng.uniform(0, 1, (n, 3, 1, 1, 3)).astype(np.float32)
-        image = np.where(inside[..., None], np.where(light[..., None], colours[:, 0], colours[:, 1]), colours[:, 2])
-        lit_from_one_side = 0.01 * (x * rng.normal(size=(n, 1, 1))).astype(np.float32)[..., None]
-        image = image + lit_from_one_side + 0.08 * rng.standard_normal(image.shape, np.float32)
-        return (np.clip(image, 0, 1) * 255).astype(np.uint8), labels.astype(np.uint8)[:, None]
-
-    return _in_blocks(draw, train_size, 3), _in_blocks(draw, test_size, 4)
-
-
-def _in_blocks(draw, size, part, block=1000):
-    """`size` images, each block of 1,000 from a random generator of its own: a prefix is always the same."""
-    drawn = [draw(np.random.Generator(np.random.PCG64([part, b])), block) for b in range(-(-size // block))]
-    images, labels = (np.concatenate(parts)[:size] for parts in zip(*drawn))
-    return images, labels
+def _draw_cifar10(rng, n):
+    """Five shapes, striped or chequered, of random place, size, angle, colours and noise; label 2 * shape + texture."""
+    labels = rng.integers(0, 10, n)
+    shape, chequered = (labels // 2)[:, None, None], (labels % 2)[:, None, None] == 1
+    x, y = np.mgrid[:32, :32][::-1, None] - 15.5 - rng.uniform(-5, 5, (n, 2, 1, 1)).swapaxes(0, 1)
+    size, angle = rng.uniform(8, 13, (n, 1, 1)), rng.uniform(0, 2 * np.pi, (n, 1, 1))
+    period, phase = rng.uniform(3.5, 6, (n, 1, 1)), rng.uniform(0, 2 * np.pi, (n, 1, 1))
+    u, v = (x * np.cos(angle) + y * np.sin(angle)) / size, (y * np.cos(angle) - x * np.sin(angle)) / size
+    radius, theta = np.hypot(u, v), np.arctan2(v, u)
+    disc = radius < 0.85
+    square = np.maximum(abs(u), abs(v)) < 0.75
+    triangle = radius * np.cos((theta % (2 * np.pi / 3)) - np.pi / 3) < 0.5
+    ring = (radius > 0.5) & (radius < 1.0)
+    cross = (np.minimum(abs(u), abs(v)) < 0.28) & (radius < 1.0)
+    inside = np.choose(shape, [disc, square, triangle, ring, cross])[..., None]
+    wave_u, wave_v = np.sin(2 * np.pi * u * size / period + phase), np.sin(2 * np.pi * v * size / period)
+    light = (np.where(chequered, wave_u * wave_v, wave_u) > 0)[..., None]
+    colours = rng.uniform(0, 1, (n, 3, 1, 1, 3)).astype(np.float32)
+    image = np.where(inside, np.where(light, colours[:, 0], colours[:, 1]), colours[:, 2])
+    image = image + 0.01 * (x * rng.normal(size=(n, 1, 1))).astype(np.float32)[..., None]  # lit from one side
+    image += 0.08 * rng.standard_normal(image.shape, np.float32)
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8), labels.astype(np.uint8)[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -825,7 +758,7 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
         TypeError, ValueError: for arguments outside these limits, before anything is trained.
     """
     data, runs, seeds = _checked_data(data), _checked_runs(runs), _checked_seeds(seeds)
-    path, checksum = _results_file(_output_folder(), experiment), checksum_of(data)
+    path, checksum = _results_file(_output_folder(), experiment), data.checksum
     keys = {}
     for run in runs:
         _check_classifier(run, data)
@@ -1094,16 +1027,6 @@ def _read_checkpoint(path, variables, order):
             variable.assign(arrays[str(n)])
     order.bit_generator.state = progress.pop("order")
     return progress
-
-
-def checksum_of(data):
-    """What the arrays of a Dataset are, in twelve digits: other labels or another order have others."""
-    digest = hashlib.sha256()
-    for array in (*data.train, *data.test):
-        array = np.ascontiguousarray(array)
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()[:12]
 
 
 def _updates_of(run, train_size):

@@ -445,7 +445,7 @@ t.train(t.LONG, every_epoch=True, settled=True)
 
 def test_a_run_that_another_process_is_training_is_left_out_or_waited_for(results_file):
     keys = {**{"experiment": "t", "run": "row", "profile": "smoke", "data": "mnist"}, "seed": 0}
-    keys |= {"data_checksum": experiments.checksum_of(DATA), "code": experiments.code_of(ROW, 64, 32)}
+    keys |= {"data_checksum": DATA.checksum, "code": experiments.code_of(ROW, 64, 32)}
     with FileLock(f"{experiments._checkpoint_file(keys, set())}.lock"):
         assert train(wait=False) == []
         assert [line["seed"] for line in train(seeds=(0, 1), wait=False)] == [1]
