@@ -1304,7 +1304,7 @@ RC |= {"font.family": ["DejaVu Sans"], "lines.linewidth": 2}
 THEME = {"context": "notebook", "font_scale": 1.1, "style": "whitegrid", "palette": "colorblind", "rc": RC}
 FIGURE_WIDTH = 6.4  # inches, for every figure
 DASHES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 0.6)), (0, (8, 2, 2, 2)))
-FAINT = {"color": "0.75", "linewidth": 0.6}  # each update, behind the smoothed loss
+INK, FAINT = "indigo", {"color": "0.75", "linewidth": 0.6}  # a curve alone; each update behind the smoothed loss
 
 
 @contextlib.contextmanager
@@ -1343,7 +1343,7 @@ def line_styles(n):
     """`n` styles for `ax.plot`: shades of one hue, the darkest first (they keep their order in grey), and DASHES."""
     import seaborn as sns
 
-    shades = sns.light_palette("indigo", n + 1 + n // 2, reverse=True)
+    shades = sns.light_palette(INK, n + 1 + n // 2, reverse=True)
     return [{"color": shades[i], "linestyle": DASHES[i % len(DASHES)]} for i in range(n)]
 
 
@@ -1448,10 +1448,10 @@ def plot_training(loss, learning_rate, momentum=None, *, smoothing=0.97, title=N
     axes = new_axes(above + 1, height=2.8 + 1.4 * above, heights=[1] * above + [2]) if axes is None else axes
     _write_title(axes[0].figure, title)
     for ax, name in zip(axes, panels):
-        ax.plot(panels[name], **line_styles(1)[0])
+        ax.plot(panels[name], color=INK)
         ax.set_ylabel(name)
     axes[-1].plot(loss, **FAINT)
-    axes[-1].plot(smoothed, **line_styles(1)[0])
+    axes[-1].plot(smoothed, color=INK)
     _set_loss_axis(axes[-1], "training loss\n(grey: each update)")
     return axes
 
@@ -1477,7 +1477,7 @@ def plot_range_test(result, ax=None, *, title=None):
     """
     if not isinstance(result, RangeTest):
         raise TypeError(f"result={result!r}: give what lr_range_test returned.")
-    ax, colour = new_axes(height=4.4)[0] if ax is None else ax, line_styles(1)[0]["color"]
+    ax = new_axes(height=4.4)[0] if ax is None else ax
     _write_title(ax.figure, title)
     log = result.sweep == "exponential"
     ax.set(xlabel="learning rate", ylabel="training loss\n(grey: each update)", xscale="log" if log else "linear")
@@ -1485,7 +1485,7 @@ def plot_range_test(result, ax=None, *, title=None):
         ax.text(0.5, 0.5, result.stopped, transform=ax.transAxes, ha="center", va="center", wrap=True)
         return ax
     ax.plot(result.lr, result.loss, **FAINT)
-    ax.plot(result.lr, result.smoothed, color=colour)
+    ax.plot(result.lr, result.smoothed, color=INK)
     start, lowest = result.smoothed[: len(result.lr) // 10 + 1].max(), result.smoothed.min()
     if start > lowest:  # what is above broke away: it would flatten the rest
         ax.set_ylim(min(result.loss.min(), lowest) - 0.1 * (start - lowest), start + 0.4 * (start - lowest))
@@ -1499,7 +1499,7 @@ def plot_range_test(result, ax=None, *, title=None):
             ax.axvline(rate, color="0.3", linestyle="--", linewidth=1, label=f"{name}\n{rate:.2g}")
     if result.break_lr is not None:
         low, high = result.bounds()
-        ax.axvspan(low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.axvspan(low, high, color=INK, alpha=0.15, linewidth=0)
         middle = math.sqrt(low * high) if log else (low + high) / 2
-        ax.axvline(middle, color=colour, linestyle="", label=f"bounds\n{low:.2g} to {high:.2g}")
+        ax.axvline(middle, color=INK, linestyle="", label=f"bounds\n{low:.2g} to {high:.2g}")
     return label_ends(ax)

@@ -45,6 +45,7 @@ with _quiet_native_stderr():
 from clr_utils import (
     CLR,
     DASHES,
+    INK,
     CyclicalLR,
     _Record,
     _set_loss_axis,
@@ -986,7 +987,6 @@ STYLES = {  # a way to train: its colour in seaborn's "colorblind", dashes and m
 }
 STYLES |= dict.fromkeys(("SGD", "constant 0.35"), STYLES["constant"])
 STYLES |= dict.fromkeys(("CLR triangle", "CLR 0.1-3.5"), STYLES["triangle"])
-OTHER = "indigo"  # what is no way to train, as in `line_styles`
 FIGURE_DPI = 150
 
 
@@ -1008,7 +1008,7 @@ def styles_of(names):
 
 
 def _rows_of(results, most=math.inf):
-    """{way: its rows}, in the order given; ValueError where a mean over them would mix what does not belong together."""
+    """{way: its rows} in the order given; ValueError where a mean would mix what does not belong together."""
     rows = dict(list(results.groupby("run", sort=False)))
     if not 1 <= len(rows) <= most:
         raise ValueError(f"results hold {len(rows)} ways to train: 1 to {most} can be drawn in one picture.")
@@ -1044,10 +1044,9 @@ def plot_runs(results, *, smoothing=0.0, title=None, axes=None):
                 ax.plot(longest["update"], longest[key], **style)
             ax.set_ylabel(key.replace("_", "\n"))
         losses = [pd.Series(smooth(np.array(c["loss"], float), smoothing), c["update"]) for c in ways[name]]
-        losses = (
-            pd.concat(losses, axis=1).dropna().rename_axis("update").reset_index().melt("update", value_name="loss")
-        )
-        sns.lineplot(losses, x="update", y="loss", errorbar=("pi", 100), label=name, legend=False, ax=axes[-1], **style)
+        losses = pd.concat(losses, axis=1).dropna().rename_axis("update").melt(value_name="loss", ignore_index=False)
+        band = {"errorbar": ("pi", 100), "label": name, "legend": False}
+        sns.lineplot(losses.reset_index(), x="update", y="loss", ax=axes[-1], **band, **style)
     _set_loss_axis(axes[-1], "training loss\n(band: min to max)")
     label_ends(axes[-1])
     if "synthetic" in set(results["data"]):
@@ -1080,7 +1079,7 @@ def plot_comparison(results, live=None, *, xlim=None, order="mean", title=None, 
     def at(frame, shift):
         return frame.assign(x=100 * frame["test_accuracy"], y=frame["run"].map(names.index) + shift)
 
-    colours = {name: (_style_of(name) or {"color": OTHER})["color"] for name in names}
+    colours = {name: (_style_of(name) or {"color": INK})["color"] for name in names}
     common = {"x": "x", "y": "y", "hue": "run", "palette": colours, "orient": "h", "native_scale": True}
     common |= {"legend": False, "ax": ax}
     sns.stripplot(at(results, -0.16), jitter=False, size=6, alpha=0.6, **common)
@@ -1095,11 +1094,10 @@ def plot_comparison(results, live=None, *, xlim=None, order="mean", title=None, 
             ax.plot(where["x"], where["y"], **{"linestyle": "", "zorder": 4} | mark)
             marks[label] = mark
     for y, name in enumerate(names if xlim else ()):
-        accuracy = 100 * ways[name]["test_accuracy"]
-        for n, x, side in (((accuracy < xlim[0]).sum(), 0.01, "left"), ((accuracy > xlim[1]).sum(), 0.99, "right")):
-            if n:
-                text = f"{n} of {len(accuracy)} outside"
-                ax.text(x, y + 0.38, text, transform=ax.get_yaxis_transform(), ha=side, va="center", fontsize=10)
+        inside = (100 * ways[name]["test_accuracy"]).between(*xlim)
+        if not inside.all():
+            text = f"{(~inside).sum()} of {len(inside)} outside"
+            ax.text(0.01, y + 0.38, text, transform=ax.get_yaxis_transform(), va="center", fontsize=10)
     ax.set(xlabel="test accuracy (%)", ylabel="", xlim=xlim)
     _label_rows(ax, [textwrap.fill(name, 20) for name in names], marks)
     if "synthetic" in {*results["data"], *live["data"]}:
@@ -1119,26 +1117,25 @@ def plot_differences(comparisons, *, order="difference", title=None, ax=None):
         ax: axes to draw into, in place of a new figure.
     """
     if order not in ("difference", "given") or not len(comparisons):
-        raise ValueError(
-            f"order={order!r}, {len(comparisons)} comparisons: it can be 'difference' or 'given', of 1 or more."
-        )
+        raise ValueError(f"order={order!r}, {len(comparisons)} rows: it can be 'difference' or 'given', of at least 1.")
     rows = comparisons if order == "given" else comparisons.sort_values(order, ascending=False, kind="stable")
     ax = new_axes(height=1.6 + 0.55 * len(rows))[0] if ax is None else ax
     _write_title(ax.figure, title)
     ax.axvline(0, color="0.2", linewidth=1.5)
     kinds = {
-        "told apart": {"color": OTHER, "marker": "o"},
-        "not told apart": {"color": OTHER, "marker": "o", "mfc": "white"},
-        "too few pairs to judge": {"color": "0.6", "marker": "s", "mfc": "white"},
+        "told apart": {"color": INK, "marker": "o"},
+        "not told apart": {"color": INK, "marker": "o", "mfc": "white"},
+        "not judged": {"color": "0.6", "marker": "s", "mfc": "white"},
     }
-    marks = {}
+    drawn = set()
     for y, row in enumerate(rows.itertuples()):
-        kind = list(kinds)[2 if math.isnan(row.p_holm) else 0 if row.apart else 1]
+        kind = "not judged" if math.isnan(row.p_holm) else "told apart" if row.apart else "not told apart"
         bars = [[row.difference - row.low], [row.high - row.difference]]
         ax.errorbar(row.difference, y, xerr=bars, capsize=4, linestyle="", ms=8, **kinds[kind])
         ax.text(1.01, y, f"n = {row.n}", transform=ax.get_yaxis_transform(), va="center", fontsize=11)
-        marks[kind] = kinds[kind]
+        drawn.add(kind)
     ax.set(xlabel="difference in test accuracy (percentage points)")
+    marks = {kind: mark for kind, mark in kinds.items() if kind in drawn}
     _label_rows(ax, [f"{row.first}\nminus {row.second}" for row in rows.itertuples()], marks)
     return ax
 
@@ -1157,10 +1154,14 @@ def _label_rows(ax, names, marks):
     ax.set_yticks(range(len(names)), names, linespacing=0.95)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
-    handles = [
-        Line2D([], [], **{"color": "0.3", "linestyle": "", "label": label} | mark) for label, mark in marks.items()
-    ]
-    ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    looks = ({"color": "0.3", "linestyle": "", "label": label} | mark for label, mark in marks.items())
+    ax.legend(
+        handles=[Line2D([], [], **look) for look in looks],
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=2,
+        frameon=False,
+    )
 
 
 def mark_synthetic(figure):
@@ -1175,8 +1176,8 @@ def save_figure(figure, name, alt, source=None):
 
     Args:
         figure: the matplotlib figure, or axes in it. It has a title, which stays with the picture when it is copied.
-        name: of the file, without folder. The folder is figures/ in CLR_OUTPUT_DIR, otherwise beside this module; in the
-            smoke profile a temporary one. The file is there in one piece or not at all.
+        name: of the file, without folder. The folder is figures/ in CLR_OUTPUT_DIR, otherwise beside this module; in
+            the smoke profile a temporary one. The file is there in one piece or not at all.
         alt: what the picture shows, for a reader who cannot see it; in the file and in the notebook.
         source: of the data, as in `Dataset.source`: `"synthetic"` is written across the figure.
     """
