@@ -59,6 +59,7 @@ def ends(ax):
     """The labels at the ends of lines, and the boxes that they take when the figure is drawn."""
     ax.figure.canvas.draw()
     labels = [text for text in ax.texts if text.get_gid() == "end"]
+    assert len({text.get_text() for text in labels}) == len(labels)  # none twice
     return {text.get_text(): Text.get_window_extent(text) for text in labels}
 
 
