@@ -24,7 +24,6 @@ import inspect
 import itertools
 import math
 import numbers
-import os
 import random
 import sys
 import threading
@@ -33,7 +32,6 @@ from typing import NamedTuple
 import keras
 import numpy as np
 from keras import ops
-
 
 # ---------------------------------------------------------------------------------------------------------
 # Schedules: f(iteration, bounds, steps) -> value
@@ -507,9 +505,9 @@ def _outside_of_tracing():
 class LossPerUpdate(keras.callbacks.Callback):
     """Keeps the loss of every update in `losses`: the mean over that batch, before the update.
 
-    What Keras reports to callbacks is the running mean since the start of the epoch. To get the loss of the
-    batch the metrics are reset before each one, so the epoch's line in `History` is that of its last batch:
-    use `model.evaluate`. One update per execution only (steps_per_execution=1).
+    Keras reports the running mean since the start of the epoch. To get the loss of one batch the metrics are reset
+    before each, so the epoch's line in `History` is that of its last batch: use `model.evaluate`. Needs
+    `compile(steps_per_execution=1)`, the default, and raises ValueError at the start of training without.
     """
 
     def on_train_begin(self, logs=None):
@@ -525,7 +523,11 @@ class LossPerUpdate(keras.callbacks.Callback):
 
 
 def smooth(values, smoothing):
-    """Exponential mean of an array, bias-corrected so that the first values are not drawn towards 0. Shape as given."""
+    """Exponential mean of an array, bias-corrected so that the first values are not drawn towards 0. Shape as given.
+
+    Args:
+        smoothing: share of the past in the mean, in [0, 1).
+    """
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing={smoothing!r}: it is the share of the past in the mean, in [0, 1).")
     mean, smoothed = 0.0, []
@@ -1339,46 +1341,115 @@ def _check_no_labels(x, y):
 # ---------------------------------------------------------------------------------------------------------
 # Plots
 #
-# Matplotlib is imported where it is needed: schedules and the optimizer work without it.
+# Seaborn and matplotlib are imported where they draw: schedules and the optimizer work without them, and sooner.
 # ---------------------------------------------------------------------------------------------------------
 
-# Okabe & Ito's colours, distinct for colour-blind readers; with dashes, also in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-MARKERS = "osD^vP*"
-FIGURE_WIDTH = 8.0  # inches, for every figure of the series
+# For seaborn.set_theme(**THEME). Text stays legible where a figure is shrunk to the width of a phone.
+RC = {"axes.spines.right": False, "axes.spines.top": False, "grid.color": ".9"}
+RC |= {"font.family": ["DejaVu Sans"], "lines.linewidth": 2}
+THEME = {"context": "notebook", "font_scale": 1.1, "style": "whitegrid", "palette": "colorblind", "rc": RC}
+FIGURE_WIDTH = 6.4  # inches, for every figure
+DASHES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 0.6)), (0, (8, 2, 2, 2)))
+INK, FAINT = "indigo", {"color": "0.75", "linewidth": 0.6}  # a curve alone; each update behind the smoothed loss
 
 
-def new_axes(rows=1, columns=1, *, height=3.2, heights=None):
-    """A flat array of rows * columns axes in the series' style: one width for every figure, the x axis shared.
+@contextlib.contextmanager
+def theme():
+    """THEME while the context lasts, and matplotlib's settings as they were after it. Also a decorator."""
+    import seaborn as sns
 
-    height: of the figure, in inches. heights: of the rows, relative to each other.
+    with sns.axes_style(THEME["style"], RC), sns.plotting_context(THEME["context"], THEME["font_scale"], RC):
+        yield
+
+
+@theme()
+def new_axes(rows=1, columns=1, *, title=None, height=3.6, heights=None):
+    """A flat array of `rows * columns` axes with a shared x axis, in one theme and of one width.
+
+    Args:
+        title: what the figure shows; wrapped to its width.
+        height: of the figure, in inches.
+        heights: of the rows, relative to each other.
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        sharex=True,
-        sharey=columns > 1,
-        squeeze=False,
-        figsize=(FIGURE_WIDTH, height),
-        layout="constrained",
-        height_ratios=heights,
-    )
-    for ax in axes.flat:
-        ax.grid(alpha=0.3)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
+    layout = {"figsize": (FIGURE_WIDTH, height), "height_ratios": heights, "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, sharex=True, sharey=columns > 1, squeeze=False, **layout)
+    axes[0, 0].locator_params(axis="x", nbins=6 // columns + 1)
+    _write_title(figure, title)
     return axes.flatten()
 
 
-def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ax=None):
-    """Draws a learning rate (or a momentum) over `updates` updates into ax and prints a one-line summary.
+def _write_title(figure, title):
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", wrap=True, fontsize="medium")
 
-    schedule: a CLR, a CyclicalLR, an array of values, one per update, or a function of an integer array.
-    quantity: "learning rate" or "momentum"; the label of the y axis.
-    label: name in the legend. Call again with the same ax to compare. Returns the axes.
+
+def line_styles(n):
+    """`n` styles for `ax.plot`: shades of one hue, the darkest first (they keep their order in grey), and DASHES."""
+    import seaborn as sns
+
+    shades = sns.light_palette(INK, n + 1 + n // 2, reverse=True)
+    return [{"color": shades[i], "linestyle": DASHES[i % len(DASHES)]} for i in range(n)]
+
+
+@theme()
+def label_ends(ax):
+    """Writes the labels of lines where they end, beside the axes and clear of each other, in place of a legend.
+
+    Curves are labelled on the right, vertical lines on top. A second call replaces what the first one wrote.
+    """
+    from matplotlib.transforms import Affine2D
+
+    def place(n, lines, along, beside):  # in pixels. Asked for at every drawing: limits may have changed
+        shown = [line.get_transform().transform(line.get_xydata()) for line in lines]
+        tips = np.array([xy[np.isfinite(xy).all(1)][-1] for xy in shown]).clip(ax.bbox.min, ax.bbox.max)
+        if beside:
+            point, texts = ax.figure.dpi / 72, [line.get_label().split("\n") for line in lines]
+            sizes = [(0.6 * max(map(len, rows)) + 0.4, 1.2 * len(rows))[along] * 11 * point for rows in texts]
+            tips[:, along] = _spread(tips[:, along], np.array(sizes), ax.bbox.min[along], ax.bbox.max[along])
+            tips[:, 1 - along] = ax.bbox.max[1 - along] + 14 * point
+        return Affine2D().translate(*tips[n])
+
+    for text in [text for text in ax.texts if text.get_gid() == "end"]:
+        text.remove()
+    sides = [], []  # on top the labels share the room along x (axis 0), on the right along y (axis 1)
+    for line in ax.lines:
+        x = line.get_xydata()[:, 0]
+        if not line.get_label().startswith("_") and np.isfinite(line.get_xydata()).all(1).any():
+            sides[0 if len(x) > 1 and np.ptp(x) == 0 else 1].append(line)
+    for along, lines in enumerate(sides):
+        text = {"ha": ("center", "left")[along], "va": ("bottom", "center")[along], "fontsize": 11, "gid": "end"}
+        leader = {"arrowstyle": "-", "relpos": ((0.5, 0), (0, 0.5))[along], "shrinkA": 1, "shrinkB": 0}
+        for n, line in enumerate(lines):
+            tip, end = (lambda _, of=(n, lines, along, beside): place(*of) for beside in (False, True))
+            text |= {"xycoords": tip, "textcoords": end, "arrowprops": {**leader, "color": line.get_color()}}
+            ax.annotate(line.get_label(), (0, 0), (0, 0), **text)
+    return ax
+
+
+def _spread(centres, lengths, low, high):
+    """Centres for intervals of these lengths from low to high: as given, moved apart where they would overlap."""
+    order = np.argsort(centres, kind="stable")
+    centres, lengths = centres[order], lengths[order]
+    for _ in range(300):
+        push = 0.45 * np.maximum((lengths[1:] + lengths[:-1]) / 2 - np.diff(centres), 0)
+        centres = centres + np.append(0, push) - np.append(push, 0)
+        centres = np.clip(centres, low + lengths / 2, np.maximum(high - lengths / 2, low + lengths / 2))
+    return centres[np.argsort(order)]
+
+
+@theme()
+def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, title=None, ax=None, **style):
+    """Draws a learning rate or a momentum over `updates` updates and returns the axes.
+
+    Args:
+        schedule: a CLR, a CyclicalLR, an array of values, one per update, or a function of an integer array.
+        quantity: `"learning rate"` or `"momentum"`; the label of the y axis.
+        label: written where the line ends. Call again with the same `ax` to compare.
+        title: of the figure.
+        ax: axes to draw into, in place of a new figure.
+        **style: for `ax.plot`.
     """
     if quantity not in ("learning rate", "momentum"):
         raise ValueError(f"quantity={quantity!r}: it can be 'learning rate' or 'momentum'.")
@@ -1386,124 +1457,95 @@ def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ax
         raise ValueError(f"updates={updates!r}: give the number of updates to draw, a whole number of at least 1.")
     if quantity == "momentum" and isinstance(schedule, CyclicalLR):
         raise ValueError(f"schedule={schedule!r} has no momentum; a CLR has, and so may an array or a function.")
-    iterations = np.arange(updates)
     if isinstance(schedule, CLR):
-        values = (schedule.learning_rate_at if quantity == "learning rate" else schedule.momentum_at)(iterations)
+        schedule = schedule.learning_rate_at if quantity == "learning rate" else schedule.momentum_at
     elif isinstance(schedule, CyclicalLR):
-        values = schedule.at(iterations)
-    else:
-        values = schedule(iterations) if callable(schedule) else schedule
-    values = np.asarray(values, float)
+        schedule = schedule.at
+    values = np.asarray(schedule(np.arange(updates)) if callable(schedule) else schedule, float)
     if values.shape != (updates,):
         raise ValueError(f"schedule gives values of shape {values.shape}, expected one for each of {updates} updates.")
-    ax = ax or new_axes()[0]
+    ax = new_axes()[0] if ax is None else ax
+    _write_title(ax.figure, title)
     n = len(ax.lines)
-    colour = COLOURS[(n + (quantity == "momentum")) % len(COLOURS)]  # the first two are those of plot_training
-    ax.plot(iterations, values, color=colour, linestyle=DASHES[n % len(DASHES)], label=label)
-    ax.set_xlabel("update")
-    ax.set_ylabel(quantity)
-    if label:
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    name = f"{label}: " if label else ""
-    print(
-        f"{name}{quantity} {values[0]:.4g} at update 0, highest {values.max():.4g} at {values.argmax()}, "
-        f"lowest {values.min():.4g} at {values.argmin()}, last {values[-1]:.4g} at {updates - 1}"
-    )
-    return ax
+    ax.plot(values, label=label, **line_styles(max(4, n + 1))[n] | style)
+    ax.set(xlabel="update", ylabel=quantity)
+    return label_ends(ax)
 
 
-def plot_training(loss, learning_rate, momentum, *, source, smoothing=0.97, axes=None):
-    """Draws learning rate, momentum and loss of each update above each other on one shared x axis.
+@theme()
+def plot_training(loss, learning_rate, momentum=None, *, smoothing=0.97, title=None, axes=None):
+    """Draws learning rate, momentum and loss of each update on one shared x axis and returns the axes, the loss last.
 
-    loss, learning_rate, momentum: one value for each update, arrays of one shape (updates,).
-    source: where the training data came from, as in `Dataset.source`; "synthetic" is written across the figure.
-    smoothing: share of the past in the smoothed loss (a bias-corrected exponential mean), in [0, 1).
-    axes: three axes to draw into. Returns them. Prints a one-line summary.
+    Args:
+        loss, learning_rate: arrays of shape `(updates,)`.
+        momentum: the same, or `None` for an optimizer without: it has no panel then.
+        smoothing: share of the past in the smoothed loss, as in `smooth`.
+        title: of the figure.
+        axes: one for each panel, in place of a new figure.
     """
-    loss, learning_rate, momentum = (np.asarray(a, float) for a in (loss, learning_rate, momentum))
-    if not loss.shape == learning_rate.shape == momentum.shape or loss.ndim != 1 or not loss.size:
+    panels = {"loss": loss, "learning\nrate": learning_rate, "momentum": momentum}
+    panels = {name: np.asarray(values, float) for name, values in panels.items() if values is not None}
+    if {values.shape for values in panels.values()} != {(panels["loss"].size or 1,)}:
         raise ValueError(
-            f"loss {loss.shape}, learning_rate {learning_rate.shape}, momentum {momentum.shape}: each needs one value "
+            f"Shapes {[values.shape for values in panels.values()]}: loss, learning_rate and momentum need one value "
             "for each update, as learning_rate_at(np.arange(len(loss))) of the optimizer gives them."
         )
-    smoothed = smooth(loss, smoothing)
-    if axes is None:
-        axes = new_axes(rows=3, height=6.0, heights=(1, 1, 2))
-    for ax, values, name, colour in zip(axes, (learning_rate, momentum), ("learning rate", "momentum"), COLOURS):
-        ax.plot(values, color=colour)
+    smoothed, above = smooth(panels.pop("loss"), smoothing), len(panels)
+    axes = new_axes(above + 1, height=2.8 + 1.4 * above, heights=[1] * above + [2]) if axes is None else axes
+    _write_title(axes[0].figure, title)
+    for ax, name in zip(axes, panels):
+        ax.plot(panels[name], color=INK)
         ax.set_ylabel(name)
-    axes[2].plot(loss, color="0.75", linewidth=0.6, label="each update")
-    axes[2].plot(smoothed, color=COLOURS[2], linewidth=1.8, label="smoothed")
-    axes[2].set(xlabel="update", ylabel="training loss\n(cross-entropy)", yscale="log")
-    axes[2].legend(loc="upper right", ncols=2, frameon=False)
-    if source == "synthetic":
-        mark_synthetic(axes[0].figure)
-    print(
-        f"{len(loss)} updates on {source} data: learning rate {learning_rate.min():.4g} to {learning_rate.max():.4g}, "
-        f"momentum {momentum.min():.3g} to {momentum.max():.3g}, smoothed loss {smoothed[0]:.3g} at the start, "
-        f"{smoothed[-1]:.3g} at the end"
-    )
+    axes[-1].plot(loss, **FAINT)
+    axes[-1].plot(smoothed, color=INK)
+    _set_loss_axis(axes[-1], "training loss\n(grey: each update)")
     return axes
 
 
-def plot_range_test(result, ax=None, *, source=None):
-    """Draws loss against learning rate of a RangeTest with its suggestions and bounds, and prints its summary.
+def _set_loss_axis(ax, name):
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    result: what lr_range_test returned. The x axis is logarithmic for an exponential sweep.
-    source: where the data came from, as in `Dataset.source`; "synthetic" is written across the figure.
-    Returns the axes. The y axis ends a little above the limit at which the test stopped.
+    ax.set(xlabel="update", ylabel=name)
+    lowest, highest = ax.dataLim.intervaly
+    if 0 < 5 * lowest < highest:
+        ax.set_yscale("log")
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+
+
+@theme()
+def plot_range_test(result, ax=None, *, title=None):
+    """Draws loss against learning rate, with what the result suggests, and returns the axes.
+
+    Args:
+        result: the RangeTest of `lr_range_test`. The y axis ends a little above its loss at the start.
+        ax: axes to draw into, in place of a new figure.
+        title: of the figure.
     """
     if not isinstance(result, RangeTest):
         raise TypeError(f"result={result!r}: give what lr_range_test returned.")
-    ax = ax or new_axes(height=3.8)[0]
-    ax.set(xlabel="learning rate", ylabel="training loss", xlim=result.lr_bounds)
-    if result.sweep == "exponential":
-        ax.set_xscale("log")
-    if len(result.lr):
-        ax.plot(result.lr, result.loss, color="0.75", linewidth=0.6, label="each update", zorder=1)
-        ax.plot(result.lr, result.smoothed, color=COLOURS[0], linewidth=1.8, label="smoothed", zorder=3)
-        start = result.smoothed[: max(1, len(result.lr) // 10)].max()
-        low = min(result.loss.min(), result.smoothed.min())
-        limit = min(
-            max(result.loss.max(), result.smoothed.max()), low + 1.6 * (start - low) if start > low else math.inf
-        )
-        margin = 0.05 * (limit - low) or 0.05
-        ax.set_ylim(low - margin, limit + margin)
-    else:
+    ax = new_axes(height=4.4)[0] if ax is None else ax
+    _write_title(ax.figure, title)
+    log = result.sweep == "exponential"
+    ax.set(xlabel="learning rate", ylabel="training loss\n(grey: each update)", xscale="log" if log else "linear")
+    if not len(result.lr):
         ax.text(0.5, 0.5, result.stopped, transform=ax.transAxes, ha="center", va="center", wrap=True)
-    if result.validation_loss is not None and len(result.validation_loss):
-        ax.plot(
-            result.validation_lr,
-            result.validation_loss,
-            "o",
-            color=COLOURS[2],
-            markersize=4,
-            label="validation",
-            zorder=4,
-        )
-    suggested = result.suggest()
-    if suggested.valley is not None:
-        for n, name in enumerate(("valley", "steepest", "minimum"), start=1):
-            rate, title = getattr(suggested, name), "minimum / 10" if name == "minimum" else name
-            ax.axvline(
-                rate, color=COLOURS[n], linestyle=DASHES[n], linewidth=1.2, label=f"{title}: {rate:.3g}", zorder=2
-            )
-        breaks_at = result._break()[0]
-        if breaks_at:
-            ax.axvline(breaks_at, color="0.4", linestyle=DASHES[5], linewidth=1.0, label=f"break: {breaks_at:.3g}")
-            low, high = result.bounds()
-            ax.axvspan(low, high, color=COLOURS[5], alpha=0.2, linewidth=0, label=f"bounds: {low:.3g} to {high:.3g}")
-    if result.diverged_at is not None:
-        ax.axvline(
-            result.diverged_at,
-            color=COLOURS[6],
-            linestyle=DASHES[4],
-            linewidth=1.0,
-            label=f"diverged: {result.diverged_at:.3g}",
-        )
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    if source == "synthetic":
-        mark_synthetic(ax.figure)
-    print(result.summary() + (f", {source} data" if source else ""))
-    return ax
+        return ax
+    ax.plot(result.lr, result.loss, **FAINT)
+    ax.plot(result.lr, result.smoothed, color=INK)
+    start, lowest = result.smoothed[: len(result.lr) // 10 + 1].max(), result.smoothed.min()
+    if start > lowest:  # what is above broke away: it would flatten the rest
+        ax.set_ylim(min(result.loss.min(), lowest) - 0.1 * (start - lowest), start + 0.4 * (start - lowest))
+    ax.margins(x=0.02)
+    if result.validation_loss is not None:
+        ax.plot(result.validation_lr, result.validation_loss, "o", color="black", markersize=4, label="validation")
+    valley, steepest, minimum, _ = result.suggest()
+    marks = {"min/10": minimum, "steepest": steepest, "valley": valley}
+    for name, rate in {**marks, "break": result.break_lr, "diverged": result.diverged_at}.items():
+        if rate is not None:
+            ax.axvline(rate, color="0.3", linestyle="--", linewidth=1, label=f"{name}\n{rate:.2g}")
+    if result.break_lr is not None:
+        low, high = result.bounds()
+        ax.axvspan(low, high, color=INK, alpha=0.15, linewidth=0)
+        middle = math.sqrt(low * high) if log else (low + high) / 2
+        ax.axvline(middle, color=INK, linestyle="", label=f"bounds\n{low:.2g} to {high:.2g}")
+    return label_ends(ax)

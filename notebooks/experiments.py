@@ -31,7 +31,6 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from tqdm.auto import tqdm
 
 
 @contextlib.contextmanager
@@ -48,21 +47,27 @@ def _quiet_native_stderr():
         os.close(stderr)
 
 
-with _quiet_native_stderr():
+with _quiet_native_stderr(), warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # tqdm's about ipywidgets, without which its bar is made of text
     import keras
     from keras import ops
+    from tqdm.auto import tqdm
 
 import clr_utils
 from clr_utils import (
     CLR,
-    COLOURS,
     DASHES,
-    MARKERS,
+    INK,
     CyclicalLR,
+    _set_loss_axis,
+    _write_title,
     current_values,
+    label_ends,
+    line_styles,
     new_axes,
     settle_batch_norm,
     smooth,
+    theme,
 )
 
 ROOT = pathlib.Path(clr_utils.__file__).resolve().parent  # figures/ and recorded results are beside clr_utils.py
@@ -199,9 +204,8 @@ def _find(files, trouble):
 
 def _download(files, cache, trouble, timeout=15):
     """The same from the first mirror that delivers, kept in `cache`. timeout: seconds for which one may be silent."""
-    with warnings.catch_warnings():  # tqdm's about ipywidgets, without which its bar is made of text
-        warnings.simplefilter("ignore")
-        import pooch
+    import pooch
+
     downloader = pooch.HTTPDownloader(progressbar=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -1191,15 +1195,23 @@ def summarise(results):
     rows = {}
     for run, lines in _by_run(results).items():
         accuracy = 100 * lines["test_accuracy"]
-        interval = (math.nan, math.nan)
-        if len(lines) > 1:
-            interval = stats.t.interval(0.95, len(lines) - 1, accuracy.mean(), max(accuracy.sem(), 1e-12))
+        low, high = _t_interval(accuracy)
         rows[run] = {
-            **{"n": len(lines), "mean": accuracy.mean(), "sd": accuracy.std(), "low": interval[0], "high": interval[1]},
+            **{"n": len(lines), "mean": accuracy.mean(), "sd": accuracy.std(), "low": low, "high": high},
             **{"diverged": int(lines["diverged_at"].notna().sum()), "data": lines["data"].iloc[0]},
             **{"epochs": int(lines["epochs"].iloc[0]), "seconds": lines["seconds"].median()},
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+
+
+def _t_interval(values):
+    """The 95% interval of the mean by Student's t; (nan, nan) for one value."""
+    half = (
+        stats.t.ppf(0.975, max(1, len(values) - 1)) * np.std(values, ddof=1) / math.sqrt(len(values))
+        if len(values) > 1
+        else math.nan
+    )
+    return np.mean(values) - half, np.mean(values) + half
 
 
 def results_table(results):
@@ -1286,152 +1298,217 @@ def _by_run(results):
 # Plots
 # ---------------------------------------------------------------------------------------------------------
 
-STYLES = {  # the colour, dashes and marker of a way to train: the same in every figure; no figure holds two that share
-    "SGD": 0,
-    "constant": 0,
-    "constant 0.35": 0,
-    "1cycle": 1,
-    "CLR triangle": 2,
-    "triangle": 2,
-    "CLR 0.1-3.5": 2,
-    "Adam": 3,
-    "Adam, default": 3,
-    "cosine decay": 3,
-    "AdamW 1cycle": 4,
-    "linear decay": 5,
-    "constant 3.5": 5,
-    "step decay": 6,
+STYLES = {  # a way to train: its colour in seaborn's "colorblind", dashes and marker, the same in every figure
+    "constant": (0, "-", "o"),
+    "constant 3.5": (0, ":", "o"),
+    "triangle": (2, "--", "^"),
+    "1cycle": (3, "-", "s"),
+    "Adam": (4, "-.", "D"),
+    "AdamW 1cycle": (1, DASHES[4], "P"),
+    "linear decay": (5, DASHES[5], "v"),
+    "cosine decay": (9, DASHES[6], "X"),
+    "step decay": (7, DASHES[7], "*"),
 }
-DIVERGED = {"marker": "o", "linestyle": "", "fillstyle": "none", "color": "black", "markersize": 9, "zorder": 4}
-FIGURE_DPI = 120
+STYLES |= dict.fromkeys(("SGD", "constant 0.35"), STYLES["constant"])
+STYLES |= dict.fromkeys(("CLR triangle", "CLR 0.1-3.5"), STYLES["triangle"])
+FIGURE_DPI = 150
+
+
+def _style_of(name):
+    """The style of a way, also of "1cycle, 3 epochs"; None for other names."""
+    import seaborn as sns
+
+    colour, dashes, marker = STYLES.get(name, STYLES.get(name.split(",")[0], (None, None, None)))
+    return marker and {"color": sns.color_palette("colorblind")[colour], "linestyle": dashes, "marker": marker}
 
 
 def styles_of(names):
-    """{name: colour, linestyle and marker for plot}: those of STYLES; other names take what is left, in order."""
-    names = list(dict.fromkeys(names))
-    if len(names) > len(COLOURS):
-        raise ValueError(f"{len(names)} names: at most {len(COLOURS)} can be told apart in one picture.")
-    free = (n for n in range(len(COLOURS)) if n not in {STYLES.get(name) for name in names})
-    chosen = {}
-    for name in names:
-        n = STYLES.get(name)
-        chosen[name] = next(free) if n is None or n in chosen.values() else n
-    return {name: {"color": COLOURS[n], "linestyle": DASHES[n], "marker": MARKERS[n]} for name, n in chosen.items()}
+    """{name: color, linestyle and marker for `ax.plot`}: by STYLES; names that have none there, of `line_styles`."""
+    styles, others = {}, iter(line_styles(8))
+    for name in dict.fromkeys(names):
+        style = _style_of(name)
+        styles[name] = style if style and style not in styles.values() else next(others) | {"marker": "o"}
+    return styles
 
 
-def plot_runs(lines, *, smoothing=0.0, axes=None):
-    """Draws learning rate, momentum and training loss of an experiment's lines on one shared x axis.
+@theme()
+def plot_runs(results, *, smoothing=0.0, title=None, axes=None):
+    """Draws learning rate, momentum and loss of ways to train on one shared x axis and returns the axes, the loss last.
 
-    lines: of `run_experiment`, at most seven rows, each in its own colour: every seed a thin line, their mean a thick
-        one. Losses are those of the thinned curves; smoothing as in `smooth`, over their points.
-    axes: three axes to draw into. Returns them. Prints a one-line summary.
+    Args:
+        results: one row a training, as from `read_results`; at most 8 ways. Of the losses the line is the mean over
+            seeds, the band goes from the lowest to the highest; they end where one is not finite.
+        smoothing: as in `smooth`, over the points of the recorded curves.
+        title: of the figure.
+        axes: one for each panel, in place of a new figure. No run with a momentum, no panel for it.
     """
-    by_run = _drawable(lines)
-    axes = new_axes(rows=3, height=6.4, heights=(1, 1, 2.2)) if axes is None else axes
-    styles = styles_of(by_run)
-    for name, by_seed in by_run.items():
-        style = {**styles[name], "marker": ""}
-        curve = next(iter(by_seed.values()))["curve"]
-        axes[0].plot(curve["update"], curve["learning_rate"], **style)
-        if curve["momentum"] is not None:
-            axes[1].plot(curve["update"], curve["momentum"], **style)
-        losses = [np.array([math.nan if v is None else v for v in r["curve"]["loss"]]) for r in by_seed.values()]
-        for loss in losses:
-            axes[2].plot(curve["update"], smooth(loss, smoothing), color=style["color"], linewidth=0.5, alpha=0.35)
-        mean = smooth(np.mean(losses, axis=0), smoothing)
-        axes[2].plot(curve["update"], mean, **style, linewidth=1.8, label=name)
-    axes[0].set_ylabel("learning rate")
-    axes[1].set_ylabel("momentum")
-    axes[2].set(xlabel="update", ylabel="training loss\n(cross-entropy)", yscale="log")
-    title = f"mean of {len(losses)} seeds" if len(losses) > 1 else None
-    axes[2].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, title=title)
-    if lines[0]["data"] == "synthetic":
+    import pandas as pd
+    import seaborn as sns
+
+    ways = {name: list(rows["curve"]) for name, rows in _by_run(results).items()}
+    if not 1 <= len(ways) <= 8:
+        raise ValueError(f"results hold {len(ways)} ways to train: 1 to 8 can be drawn in one picture.")
+    above = [key for key in ("learning_rate", "momentum") if any(any(c[0][key] or ()) for c in ways.values())]
+    if axes is None:
+        axes = new_axes(len(above) + 1, height=3.2 + 1.3 * len(above), heights=[1] * len(above) + [2.4])
+    _write_title(axes[0].figure, title)
+    for name, style in styles_of(ways).items():
+        style["marker"] = ""
+        longest = max(ways[name], key=lambda curve: len(curve["update"]))
+        for ax, key in zip(axes, above):
+            if longest[key] is not None:
+                ax.plot(longest["update"], longest[key], **style)
+            ax.set_ylabel(key.replace("_", "\n"))
+        losses = [pd.Series(smooth(np.array(c["loss"], float), smoothing), c["update"]) for c in ways[name]]
+        losses = pd.concat(losses, axis=1).dropna().rename_axis("update").melt(value_name="loss", ignore_index=False)
+        band = {"errorbar": ("pi", 100), "label": name, "legend": False}
+        sns.lineplot(losses.reset_index(), x="update", y="loss", ax=axes[-1], **band, **style)
+    _set_loss_axis(axes[-1], "training loss\n(band: min to max)")
+    label_ends(axes[-1])
+    if "synthetic" in set(results["data"]):
         mark_synthetic(axes[0].figure)
-    ends = ", ".join(
-        f"{name} {np.mean([r['curve']['loss'][-1] or math.nan for r in by_run[name].values()]):.3g}" for name in by_run
-    )
-    print(f"{len(lines)} runs on {lines[0]['data']} data; mean loss over the last updates: {ends}")
     return axes
 
 
-def plot_comparison(lines, live=(), *, xlim=None, ax=None):
-    """Draws the test accuracies of an experiment's rows: every seed a point, the mean with its 95% interval beside it.
+@theme()
+def plot_comparison(results, live=None, *, xlim=None, order="mean", title=None, ax=None):
+    """Draws test accuracies: every seed a point, below it the mean with its 95% interval (t). Returns the axes.
 
-    lines: of `run_experiment`, one row of the picture for each name; runs that diverged have a ring. live: further
-        lines, marked as of this session.
-    xlim: limits of the accuracy in percent; the points outside of them are counted in their row.
-    Returns the axes. Prints a one-line summary.
+    Args:
+        results: one row a training, as from `read_results`. What diverged has a ring.
+        live: the same of this session, as crosses; they count in no mean.
+        xlim: limits of the accuracy in percent. Points outside are counted in their row.
+        order: of the rows, `"mean"` (the highest on top) or `"given"`.
+        title: of the figure.
+        ax: axes to draw into, in place of a new figure.
     """
-    by_run = _drawable(lines, most=math.inf)
-    ax = new_axes(height=1.1 + 0.45 * len(by_run))[0] if ax is None else ax
-    summaries = summarise(lines)
-    for y, row in enumerate(summaries):
-        points = [100 * line["test_accuracy"] for line in by_run[row.run].values()]
-        ax.plot(points, np.full(len(points), y + 0.16), "o", color=COLOURS[0], alpha=0.45, markersize=4, zorder=2)
-        lost = [100 * r["test_accuracy"] for r in by_run[row.run].values() if r["diverged_at"] is not None]
-        ax.plot(lost, np.full(len(lost), y + 0.16), **DIVERGED)
-        bars = None if row.n == 1 else [[row.mean - row.low], [row.high - row.mean]]
-        ax.errorbar(row.mean, y - 0.12, xerr=bars, fmt="D", color=COLOURS[1], markersize=5, capsize=3, zorder=3)
-        here = [100 * line["test_accuracy"] for line in live if line["run"] == row.run]
-        ax.plot(here, np.full(len(here), y + 0.16), "x", color="black", markersize=6, zorder=4)
-        outside = 0 if xlim is None else sum(not xlim[0] <= point <= xlim[1] for point in points)
-        if outside:
-            ax.annotate(
-                f"{outside} of {row.n} outside",
-                (0.01, y + 0.36),
-                xycoords=("axes fraction", "data"),
-                va="center",
-                fontsize=8,
-            )
-    handles = [
-        ax.plot([], [], "o", color=COLOURS[0], alpha=0.45, markersize=4, label="one seed")[0],
-        ax.errorbar([], [], xerr=[], fmt="D", color=COLOURS[1], markersize=5, capsize=3, label="mean, 95% interval"),
-    ]
-    if live:
-        handles.append(ax.plot([], [], "x", color="black", markersize=6, label="this session")[0])
-    if any(row.diverged for row in summaries):
-        handles.append(ax.plot([], [], **DIVERGED, label="diverged")[0])
-    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(handles), frameon=False)
-    ax.set(
-        yticks=range(len(summaries)), yticklabels=[row.run for row in summaries], xlabel="test accuracy (%)", xlim=xlim
-    )
-    ax.set_ylim(len(summaries) - 0.5, -0.5)
-    sources = {line["data"] for line in [*lines, *live]}
-    if "synthetic" in sources:
+    import seaborn as sns
+
+    if order not in ("mean", "given"):
+        raise ValueError(f"order={order!r}: it can be 'mean' or 'given'.")
+    ways = _by_run(results)
+    names = sorted(ways, key=lambda name: -ways[name]["test_accuracy"].mean()) if order == "mean" else list(ways)
+    live = results[:0] if live is None else live[live["run"].isin(names)]
+    ax = new_axes(height=1.6 + 0.5 * len(names))[0] if ax is None else ax
+    _write_title(ax.figure, title)
+
+    def at(frame, shift):
+        return frame.assign(x=100 * frame["test_accuracy"], y=frame["run"].map(names.index) + shift)
+
+    colours = {name: (_style_of(name) or {"color": INK})["color"] for name in names}
+    common = {"x": "x", "y": "y", "hue": "run", "palette": colours, "orient": "h", "native_scale": True}
+    common |= {"legend": False, "ax": ax}
+    sns.stripplot(at(results, -0.16), jitter=False, size=6, alpha=0.6, **common)
+    mean = {"errorbar": _t_interval, "markers": "D", "markersize": 6, "capsize": 0.15, "linestyle": "none"}
+    sns.pointplot(at(results, 0.16), err_kws={"linewidth": 2}, **mean, **common)
+    marks = {"one seed": {"marker": "o", "alpha": 0.6}, "mean, 95% interval": {"marker": "D", "linestyle": "-"}}
+    cross, ring = {"marker": "x", "color": "black"}, {"marker": "o", "ms": 11, "mfc": "none", "color": "black"}
+    diverged = results[results["diverged_at"].notna()]
+    for label, frame, mark in (("this session", live, cross), ("diverged", diverged, ring)):
+        if len(frame):
+            where = at(frame, -0.16)
+            ax.plot(where["x"], where["y"], **{"linestyle": "", "zorder": 4} | mark)
+            marks[label] = mark
+    for y, name in enumerate(names if xlim else ()):
+        inside = (100 * ways[name]["test_accuracy"]).between(*xlim)
+        if not inside.all():
+            text = f"{(~inside).sum()} of {len(inside)} outside"
+            ax.text(0.01, y + 0.38, text, transform=ax.get_yaxis_transform(), va="center", fontsize=10)
+    ax.set(xlabel="test accuracy (%)", ylabel="", xlim=xlim)
+    _label_rows(ax, [textwrap.fill(name, 20) for name in names], marks)
+    if "synthetic" in {*results["data"], *live["data"]}:
         mark_synthetic(ax.figure)
-    best = max(summaries, key=lambda row: row.mean)
-    print(
-        f"{len(lines)} runs in {len(by_run)} rows ({' and '.join(sorted(sources))} data); highest mean: {best.run}, "
-        f"{best.mean:.2f}%"
-    )
     return ax
 
 
-def _drawable(lines, most=None):
-    by_run, most = _by_run(lines), most or len(COLOURS)
-    if not 1 <= len(by_run) <= most:
-        raise ValueError(f"lines hold {len(by_run)} rows: 1 to {most} can be drawn in one picture.")
-    return by_run
+@theme()
+def plot_differences(comparisons, *, order="difference", title=None, ax=None):
+    """Draws paired differences in test accuracy with their 95% intervals, one below the other, and returns the axes.
+
+    Args:
+        comparisons: a DataFrame with columns `first`, `second`, `n` (pairs), `difference`, `low`, `high` (in percentage
+            points) and `verdict`, as from `compare`.
+        order: of the rows, `"difference"` (the highest on top) or `"given"`.
+        title: of the figure.
+        ax: axes to draw into, in place of a new figure.
+    """
+    if order not in ("difference", "given") or not len(comparisons):
+        raise ValueError(f"order={order!r}, {len(comparisons)} rows: it can be 'difference' or 'given', of at least 1.")
+    rows = comparisons if order == "given" else comparisons.sort_values(order, ascending=False, kind="stable")
+    ax = new_axes(height=1.6 + 0.55 * len(rows))[0] if ax is None else ax
+    _write_title(ax.figure, title)
+    ax.axvline(0, color="0.2", linewidth=1.5)
+    apart = {"color": INK, "marker": "o"}
+    kinds = {
+        "ahead": apart,
+        "behind": apart,
+        "not told apart": {"color": INK, "marker": "o", "mfc": "white"},
+        "not judged": {"color": "0.6", "marker": "s", "mfc": "white"},
+    }
+    drawn = set()
+    for y, row in enumerate(rows.itertuples()):
+        bars = [[row.difference - row.low], [row.high - row.difference]]
+        ax.errorbar(row.difference, y, xerr=bars, capsize=4, linestyle="", ms=8, **kinds[row.verdict])
+        ax.text(1.01, y, f"n = {row.n}", transform=ax.get_yaxis_transform(), va="center", fontsize=11)
+        drawn.add(row.verdict)
+    ax.set(xlabel="difference in test accuracy (percentage points)")
+    marks = {"told apart" if mark is apart else kind: mark for kind, mark in kinds.items() if kind in drawn}
+    _label_rows(ax, [f"{row.first}\nminus {row.second}" for row in rows.itertuples()], marks)
+    return ax
+
+
+def _label_rows(ax, names, marks):
+    """Names of rows from the top down, and above them what the marks mean."""
+    from matplotlib.lines import Line2D
+
+    ax.set_yticks(range(len(names)), names, linespacing=0.95)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(visible=False, axis="y")
+    looks = ({"color": "0.3", "linestyle": "", "label": label} | mark for label, mark in marks.items())
+    ax.legend(
+        handles=[Line2D([], [], **look) for look in looks],
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=2,
+        frameon=False,
+    )
 
 
 def mark_synthetic(figure):
-    """Writes SYNTHETIC DATA across a figure."""
-    figure.text(0.5, 0.5, "SYNTHETIC DATA", color="red", alpha=0.35, fontsize=44, rotation=25, ha="center", va="center")
+    """Writes SYNTHETIC DATA across a figure, once."""
+    if not any(text.get_gid() == "synthetic" for text in figure.texts):
+        style = {"color": "red", "alpha": 0.35, "fontsize": 38, "rotation": 25, "ha": "center", "va": "center"}
+        figure.text(0.5, 0.5, "SYNTHETIC DATA", gid="synthetic", **style)
 
 
-def save_figure(figure, name, alt):
-    """Saves a figure as <figures>/<name>.png at the series' size and shows it in the notebook, both with the text alt.
+def save_figure(figure, name, source=None, alt=None):
+    """Saves a figure as <figures>/<name>.png at the series' size, shows it in the notebook, and closes it.
 
-    figure: the matplotlib figure, or axes in it. It is closed afterwards.
-    alt: what the picture shows, for a reader who cannot see it.
-    The folder is figures/ in CLR_OUTPUT_DIR, otherwise beside this module; in the smoke profile a temporary one.
-    The file is there in one piece or not at all.
+    Args:
+        figure: the matplotlib figure, or axes in it. It has a title, which stays with the picture when it is copied.
+        name: of the file, without folder. The folder is figures/ in CLR_OUTPUT_DIR, otherwise beside this module; in
+            the smoke profile a temporary one. The file is there in one piece or not at all.
+        source: of the data, as in `Dataset.source`: `"synthetic"` is written across the figure.
+        alt: what the picture shows, for a reader who cannot see it; in the file and in the notebook. By default what
+            figures/NN_alt.json says of it, for the notebook NN with which the name begins.
     """
     import matplotlib.pyplot as plt
 
     figure = getattr(figure, "figure", figure)
-    if not alt or not name or pathlib.PurePath(name).name != name:
-        raise ValueError(f"name={name!r}, alt={alt!r}: give a file name without folders and a text on the picture.")
+    if not name or pathlib.PurePath(name).name != name:
+        raise ValueError(f"name={name!r}: give a file name without folders.")
+    texts = ROOT / "figures" / f"{name[:2]}_alt.json"
+    alt = alt or (json.loads(texts.read_text(encoding="utf-8")).get(name) if texts.exists() else None)
+    if not alt:
+        raise ValueError(
+            f"The figure {name!r} has no alt text: say in figures/{texts.name}, or in alt=, what it shows."
+        )
+    if not (
+        figure.get_suptitle() or any(ax.get_title(loc) for ax in figure.axes for loc in ("left", "center", "right"))
+    ):
+        raise ValueError(f"The figure {name!r} has no title: a picture that is copied has to say what it shows.")
+    if source == "synthetic":
+        mark_synthetic(figure)
     folder = _output_folder() / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
@@ -1444,7 +1521,7 @@ def save_figure(figure, name, alt):
     if "get_ipython" in vars(__import__("builtins")):
         from IPython.display import Image, display
 
-        display(Image(filename=path, alt=alt))
+        display(Image(filename=path, alt=alt, width=720))  # of its 960 pixels: sharp on dense screens
     plt.close(figure)
 
 

@@ -1,29 +1,47 @@
-"""What the plotting and training helpers draw, print, record and write."""
+"""What the pictures show, what callbacks record, and what is written."""
 
 import os
 import pathlib
 import subprocess
 import sys
 
+import experiments
 import keras
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
+from experiments import STYLES, mnist_network, plot_comparison, plot_differences, plot_runs, profile, save_figure
+from matplotlib.text import Text
 from PIL import Image
 
 import clr_utils
-from clr_utils import CLR, CyclicalLR, LossPerUpdate, plot_schedule, plot_training, profile, save_figure, smooth
-
-plt = pytest.importorskip("matplotlib.pyplot")
+from clr_utils import (
+    CLR,
+    CyclicalLR,
+    LossPerUpdate,
+    RangeTest,
+    label_ends,
+    new_axes,
+    plot_range_test,
+    plot_schedule,
+    plot_training,
+    smooth,
+)
 
 ROOT = pathlib.Path(clr_utils.__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def figures_closed(monkeypatch):
+def leaves_matplotlib_as_it_was(capsys):
+    """No picture prints anything, or changes a setting of matplotlib for what is drawn after it."""
     matplotlib.use("Agg")  # a notebook collected in the same run may have asked for another
     plt.close("all")
+    before = dict(matplotlib.rcParams)
     yield
+    assert dict(matplotlib.rcParams) == before
+    assert capsys.readouterr().out == ""
     plt.close("all")
 
 
@@ -35,6 +53,18 @@ def output(tmp_path, monkeypatch):
 
 def new_clr():
     return CLR((0.1, 0.5), 4, (0.95, 0.8))
+
+
+def ends(ax):
+    """The labels at the ends of lines, and the boxes that they take when the figure is drawn."""
+    ax.figure.canvas.draw()
+    labels = [text for text in ax.texts if text.get_gid() == "end"]
+    assert len({text.get_text() for text in labels}) == len(labels)  # none twice
+    return {text.get_text(): Text.get_window_extent(text) for text in labels}
+
+
+def colour(line):
+    return matplotlib.colors.to_rgb(line.get_color())
 
 
 # -------------------------------------------------------------------------------------------- plot_schedule
@@ -61,36 +91,25 @@ def test_schedule_drawn_is_the_schedule(schedule, quantity, expected):
     np.testing.assert_array_equal(line.get_xdata(), np.arange(10))
     np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-12)
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("update", quantity)
-    assert ax.get_legend() is None
+    assert ends(ax) == {}
 
 
-def test_schedule_summary_is_one_line_with_start_extremes_and_end(capsys):
-    plot_schedule(new_clr(), 10, label="mine")
-    out, err = capsys.readouterr()
-    assert out.count("\n") == 1 and err == ""
-    assert out.startswith("mine: learning rate 0.1 at update 0")
-    assert "highest 0.5 at 4" in out and "lowest 0.1 at 0" in out and "last 0.2 at 9" in out
-
-
-def test_schedules_on_the_same_axes_differ_in_colour_and_dashes():
+def test_schedules_on_the_same_axes_differ_in_colour_and_dashes_and_are_labelled_at_their_ends():
     ax = None
-    for n in range(len(clr_utils.COLOURS)):
-        again = plot_schedule(TRIANGLE, 10, label=f"number {n}", ax=ax)
+    for n in range(7):
+        again = plot_schedule(np.full(10, n), 10, label=f"number {n}", ax=ax, title="Seven")
         assert ax is None or again is ax
         ax = again
-    assert len({line.get_color() for line in ax.lines}) == len(ax.lines) == 7
+    assert len({colour(line) for line in ax.lines[:4]}) == 4 and len(ax.lines) == 7
     # get_linestyle() calls every dash tuple "--"; what is drawn is this:
     assert len({str(line._unscaled_dash_pattern) for line in ax.lines}) == 7
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [f"number {n}" for n in range(7)]
-    plot_schedule(TRIANGLE, 10, ax=ax)  # an eighth starts over
+    assert list(ends(ax)) == [f"number {n}" for n in range(7)]  # each once, though every call labels
+    assert ax.figure.get_suptitle() == "Seven"
 
 
-def test_learning_rate_and_momentum_have_the_colours_of_plot_training():
-    rate = plot_schedule(new_clr(), 10).lines[0].get_color()
-    momentum = plot_schedule(new_clr(), 10, quantity="momentum").lines[0].get_color()
-    axes = plot_training([1.0, 2.0], [0.1, 0.2], [0.9, 0.8], source="mnist")
-    assert [ax.lines[0].get_color() for ax in axes[:2]] == [rate, momentum]
-    assert rate != momentum
+def test_a_style_of_ones_own():
+    (line,) = plot_schedule(TRIANGLE, 10, color="red", linestyle=":").lines
+    assert (line.get_color(), line.get_linestyle()) == ("red", ":")
 
 
 @pytest.mark.parametrize(
@@ -122,46 +141,82 @@ def test_a_learning_rate_is_not_drawn_as_a_momentum():
         plot_schedule(CyclicalLR((0.1, 0.5), 4), 10, quantity="momentum")
 
 
+# -------------------------------------------------------------------------------------------- label_ends
+
+
+def assert_apart(boxes, figure):
+    boxes = list(boxes)
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+    for box in boxes:
+        assert (
+            figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+        )
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
+def test_labels_at_the_ends_are_clear_of_each_other_in_order_and_in_the_picture(spread):
+    (ax,) = new_axes(title="Eight lines")
+    for n in range(8):
+        ax.plot([0, 1, 2], [3, 9, n * spread], label=f"a rather long name {n}")
+    boxes = ends(label_ends(ax))
+    assert list(boxes) == [f"a rather long name {n}" for n in range(8)]
+    assert_apart(boxes.values(), ax.figure)
+    assert min(box.x0 for box in boxes.values()) > ax.bbox.x1  # beside the data
+    heights = [box.y0 for box in boxes.values()]
+    assert heights == sorted(heights)
+
+
+def test_labels_follow_limits_that_change_later_and_curves_that_end_early():
+    (ax,) = new_axes()
+    ax.plot([0, 1, 2], [0, 1, 10], label="up")
+    ax.plot([0, 1, 2], [0, 5, np.nan], label="ends early")
+    ax.plot([0, 1], [np.nan] * 2, label="never there")
+    label_ends(ax)
+    ax.set(ylim=(0, 20), yscale="linear")
+    boxes = ends(ax)
+    assert list(boxes) == ["up", "ends early"]
+    for name, height in (("up", 10), ("ends early", 5)):
+        middle = (boxes[name].y0 + boxes[name].y1) / 2
+        assert middle == pytest.approx(ax.transData.transform((0, height))[1], abs=4)
+
+
+def test_vertical_lines_are_labelled_on_top():
+    (ax,) = new_axes(title="Limits")
+    for n in range(4):
+        ax.axvline(n / 100, label=f"limit\n{n}")
+    ax.set_xlim(-1, 1)
+    boxes = ends(label_ends(ax))
+    assert_apart(boxes.values(), ax.figure)
+    assert min(box.y0 for box in boxes.values()) > ax.bbox.y1
+
+
+def test_a_title_is_wrapped_into_the_picture():
+    (ax,) = new_axes(title="word " * 40)
+    ax.figure.canvas.draw()
+    box = ax.figure._suptitle.get_window_extent()
+    assert box.x1 <= ax.figure.bbox.x1 and box.y0 > ax.bbox.y1
+
+
 # -------------------------------------------------------------------------------------------- plot_training
 
 LOSS = np.array([4.0, 2.0, 1.0, 0.5])
 
 
-def texts(figure):
-    return [text.get_text() for text in figure.texts]
-
-
 def test_training_is_drawn_on_three_axes_above_each_other():
-    axes = plot_training(LOSS, TRIANGLE[:4], MOMENTUM[:4], source="mnist", smoothing=0.5)
-    assert [ax.get_ylabel().split("\n")[0] for ax in axes] == ["learning rate", "momentum", "training loss"]
+    axes = plot_training(LOSS, TRIANGLE[:4], MOMENTUM[:4], smoothing=0.5, title="A training")
+    assert [ax.get_ylabel().split("\n(")[0] for ax in axes] == ["learning\nrate", "momentum", "training loss"]
     assert axes[2].get_xlabel() == "update" and axes[2].get_yscale() == "log"
-    assert axes[0].get_shared_x_axes().joined(axes[0], axes[2])
+    assert axes[0].get_shared_x_axes().joined(axes[0], axes[2]) and axes[0].figure.get_suptitle() == "A training"
     drawn = [line.get_ydata() for ax in axes for line in ax.lines]
     for values, expected in zip(drawn, (TRIANGLE[:4], MOMENTUM[:4], LOSS, smooth(LOSS, 0.5)), strict=True):
         np.testing.assert_array_equal(values, expected)
-    labels = [text.get_text() for text in axes[2].get_legend().get_texts()]
-    assert labels == ["each update", "smoothed"]
 
 
-@pytest.mark.parametrize("source, marked", [("mnist", False), ("cifar10", False), ("synthetic", True)])
-def test_synthetic_data_are_written_across_the_figure(source, marked):
-    axes = plot_training(LOSS, TRIANGLE[:4], MOMENTUM[:4], source=source)
-    assert ("SYNTHETIC DATA" in texts(axes[0].figure)) == marked
-
-
-def test_training_summary_is_one_line(capsys):
-    plot_training(LOSS, TRIANGLE[:4], MOMENTUM[:4], source="synthetic", smoothing=0.0)
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    for part in ("4 updates on synthetic data", "0.1 to 0.4", "0.838 to 0.95", "4 at the start", "0.5 at the end"):
-        assert part in out
-
-
-def test_training_can_be_drawn_into_axes_of_ones_own():
-    figure, axes = plt.subplots(3)
-    assert plot_training(LOSS, TRIANGLE[:4], MOMENTUM[:4], source="mnist", axes=axes) is axes
+def test_training_without_momentum_can_be_drawn_into_axes_of_ones_own():
+    figure, axes = plt.subplots(2)
+    assert plot_training(LOSS, TRIANGLE[:4], axes=axes) is axes
     assert plt.get_fignums() == [figure.number]
-    assert [len(ax.lines) for ax in axes] == [1, 1, 2]
+    assert [len(ax.lines) for ax in axes] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -170,82 +225,215 @@ def test_training_can_be_drawn_into_axes_of_ones_own():
 )
 def test_training_without_one_value_per_update_is_refused(loss, rate, momentum):
     with pytest.raises(ValueError, match="one value"):
-        plot_training(loss, rate, momentum, source="mnist")
+        plot_training(loss, rate, momentum)
     assert plt.get_fignums() == []
+
+
+# -------------------------------------------------------------------------------------------- plot_range_test
+
+
+def range_test(**fields):
+    """What a sweep from 1e-4 to 1 would give that breaks at 0.4, without the sweep."""
+    lr, loss = np.geomspace(1e-4, 1, 100), np.r_[np.full(40, 2.0), np.linspace(2, 0.5, 40), np.linspace(0.6, 90, 20)]
+    seen = {
+        "lr": lr,
+        "loss": loss,
+        "smoothed": loss,
+        "validation_lr": None,
+        "validation_loss": None,
+        "stopped": "The end.",
+    }
+    seen |= {"sweep": "exponential", "lr_bounds": (1e-4, 1), "num_steps": 100, "diverged_at": 0.9, "break_lr": 0.4}
+    methods = {"__init__": lambda self: None, "suggest": lambda self: (0.04, 0.02, 0.005, "Why.")}
+    methods["bounds"] = lambda self: (0.005, 0.05)
+    return type("Result", (RangeTest,), seen | methods | fields)()
+
+
+def test_a_range_test_is_drawn_with_what_it_suggests():
+    result = range_test(validation_lr=[0.1], validation_loss=[1.0])
+    ax = plot_range_test(result, title="A range test")
+    np.testing.assert_array_equal(ax.lines[1].get_xydata(), np.stack([result.lr, result.smoothed], axis=1))
+    assert ax.get_xscale() == "log" and ax.get_ylim()[1] < 3  # not 90: that would flatten the rest
+    at = {line.get_label(): line.get_xdata()[0] for line in ax.lines if not line.get_label().startswith("_")}
+    assert at == pytest.approx(
+        {
+            "validation": 0.1,
+            "min/10\n0.005": 0.005,
+            "steepest\n0.02": 0.02,
+            "valley\n0.04": 0.04,
+            "break\n0.4": 0.4,
+            "diverged\n0.9": 0.9,
+            "bounds\n0.005 to 0.05": (0.005 * 0.05) ** 0.5,
+        }
+    )
+    (band,) = ax.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((0.005, 0.05))
+    assert_apart(ends(ax).values(), ax.figure)
+
+
+def test_a_range_test_that_suggests_nothing_is_drawn_without():
+    nothing = {"suggest": lambda self: (None, None, None, "Why."), "break_lr": None, "diverged_at": None}
+    _, mine = plt.subplots()
+    assert plot_range_test(range_test(sweep="linear", **nothing), mine) is mine
+    assert mine.get_xscale() == "linear" and len(mine.lines) == 2 and not mine.texts and not mine.patches
+    empty = dict.fromkeys(("lr", "loss", "smoothed"), np.array([]))
+    (text,) = plot_range_test(range_test(**empty, **nothing)).texts
+    assert text.get_text() == "The end."
+    with pytest.raises(TypeError, match="lr_range_test"):
+        plot_range_test(5)
 
 
 # -------------------------------------------------------------------------------------------- plots of experiments
 
 
-def line_of(run, seed, accuracy, *, momentum=(0.9, 0.8), data="mnist", last=0.5):
+def row_of(run, seed, accuracy, *, momentum=(0.9, 0.8), data="mnist", last=0.5, diverged_at=None):
     curve = {"update": [0, 10], "loss": [2.0 + seed, last], "learning_rate": [0.1, 0.2]}
     curve["momentum"] = None if momentum is None else list(momentum)
-    kept = {"test_accuracy": accuracy, "diverged_at": None, "seconds": 1.0, "epochs": 1, "code": run}
-    return {"run": run, "seed": seed, "data": data, "curve": curve, **kept}
+    return {
+        "run": run,
+        "seed": seed,
+        "data": data,
+        "test_accuracy": accuracy,
+        "diverged_at": diverged_at,
+        "curve": curve,
+    }
 
 
-LINES = [line_of("a", 0, 0.97), line_of("a", 1, 0.99), line_of("b", 0, 0.10, momentum=None)]
+def results_of(*rows):
+    return pd.DataFrame(rows)
 
 
-def test_runs_are_drawn_every_seed_behind_the_mean(capsys):
-    rate, momentum, loss = clr_utils.plot_runs(LINES)
+ROWS = [row_of("a", 0, 0.10, momentum=None), row_of("1cycle", 0, 0.97), row_of("1cycle", 1, 0.99)]
+RESULTS = results_of(*ROWS)
+
+
+def test_runs_are_drawn_as_means_in_a_band():
+    rate, momentum, loss = plot_runs(RESULTS, title="Two ways")
     assert [list(line.get_ydata()) for line in rate.lines] == [[0.1, 0.2], [0.1, 0.2]]
-    assert [list(line.get_ydata()) for line in momentum.lines] == [[0.9, 0.8]]  # Adam has none
-    seeds_a, mean_a = loss.lines[:2], loss.lines[2]
-    assert [list(line.get_ydata()) for line in seeds_a] == [[2.0, 0.5], [3.0, 0.5]]
-    assert list(mean_a.get_ydata()) == [2.5, 0.5] and list(mean_a.get_xdata()) == [0, 10]
-    assert mean_a.get_linewidth() > seeds_a[0].get_linewidth() and mean_a.get_label() == "a"
-    assert rate.lines[0].get_color() == mean_a.get_color() != loss.lines[-1].get_color()
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "3 runs on mnist data" in out and "a 0.5" in out
+    assert [list(line.get_ydata()) for line in momentum.lines] == [[0.9, 0.8]]  # the other has none
+    assert [list(line.get_ydata()) for line in loss.lines] == [[2.0, 0.5], [2.5, 0.5]]
+    assert list(loss.lines[0].get_xdata()) == [0, 10]
+    band = loss.collections[1].get_paths()[0].vertices
+    assert (band[band[:, 0] == 0, 1].min(), band[band[:, 0] == 0, 1].max()) == (2.0, 3.0)
+    assert colour(rate.lines[1]) == colour(momentum.lines[0]) == colour(loss.lines[1]) != colour(loss.lines[0])
+    assert list(ends(loss)) == ["a", "1cycle"] and rate.figure.get_suptitle() == "Two ways"
 
 
-def test_runs_with_a_loss_that_is_not_finite_are_drawn_as_far_as_it_is(capsys):
-    axes = clr_utils.plot_runs([line_of("a", 0, 0.1, last=None)])
-    assert np.isnan(axes[2].lines[0].get_ydata()[1]) and "nan" in capsys.readouterr().out
+def test_a_mean_ends_where_one_of_its_losses_is_not_finite():
+    axes = plot_runs(results_of(row_of("a", 0, 0.1, last=None, momentum=None), row_of("a", 1, 0.1, momentum=(0, 0))))
+    assert len(axes) == 2  # no momentum, no panel
+    assert [list(line.get_xydata()[0]) for line in axes[-1].lines] == [[0, 2.5]] and len(
+        axes[-1].lines[0].get_xdata()
+    ) == 1
 
 
-def test_comparison_draws_every_seed_the_mean_and_its_interval(capsys):
-    live = [line_of("a", 7, 0.95)]
-    ax = clr_utils.plot_comparison(LINES, live, xlim=(90, 100))
-    points = [list(line.get_xdata()) for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
-    assert points == [[97.0, 99.0], [10.0]]
-    assert [list(line.get_xdata()) for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata())] == [
-        [95.0]
-    ]
-    summary = clr_utils.summarise(LINES)[0]
-    (segment,) = ax.containers[0].lines[2][0].get_segments()
-    np.testing.assert_allclose(segment[:, 0], [summary.low, summary.high])
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
-    assert any("1 of 1 outside" in text.get_text() for text in ax.texts)
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "highest mean: a, 98.00%" in out
+def test_comparison_draws_every_seed_the_mean_and_its_interval():
+    live = results_of(row_of("1cycle", 7, 0.95), row_of("not there", 0, 0.5))
+    ax = plot_comparison(RESULTS, live, xlim=(90, 100), title="Two ways")
+    points = [row.get_offsets() for row in ax.collections]
+    assert sorted(x for row in points for x in row[:, 0]) == pytest.approx([10, 97, 99])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["1cycle", "a"]  # sorted by their means
+    assert {round(y) for _, y in points[0]} != {round(y) for _, y in points[1]}
+    lines = [line.get_xydata() for line in ax.lines]
+    half = 12.706204736 * 1.0  # t for one degree of freedom, times the standard error of 97 and 99
+    (interval,) = [xy[~np.isnan(xy[:, 0]), 0] for xy in lines if np.nanmax(xy[:, 0], initial=0) > 105]
+    np.testing.assert_allclose([interval.min(), interval.max()], [98 - half, 98 + half])
+    assert any(np.allclose(xy[:, 0], 95) for xy in lines) and not any(np.allclose(xy[:, 0], 50) for xy in lines)
+    assert [text.get_text() for text in ax.texts] == ["1 of 1 outside"]
+    assert ax.texts[0].get_position()[1] == pytest.approx(1.38)
+    given = plot_comparison(RESULTS, order="given")
+    assert [label.get_text() for label in given.get_yticklabels()] == ["a", "1cycle"]
+
+
+def legend_of(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
 def test_a_run_that_diverged_has_a_ring():
-    ax = clr_utils.plot_comparison([*LINES, {**line_of("b", 1, 0.2), "diverged_at": 3}])
-    rings = [list(line.get_xdata()) for line in ax.lines if line.get_fillstyle() == "none" and len(line.get_xdata())]
-    assert rings == [[20.0]]
-    assert "diverged" in [text.get_text() for text in ax.get_legend().get_texts()]
-    assert "diverged" not in [t.get_text() for t in clr_utils.plot_comparison(LINES).get_legend().get_texts()]
+    ax = plot_comparison(results_of(*ROWS, row_of("a", 1, 0.2, diverged_at=3)))
+    assert [list(line.get_xdata()) for line in ax.lines if line.get_markerfacecolor() == "none"] == [[20.0]]
+    assert "diverged" in legend_of(ax) and "diverged" not in legend_of(plot_comparison(RESULTS))
 
 
-@pytest.mark.parametrize("live", [[], [line_of("a", 7, 0.9, data="synthetic")]], ids=["mnist", "synthetic"])
-def test_synthetic_runs_mark_the_comparison(live):
-    ax = clr_utils.plot_comparison(LINES, live)
-    assert any("SYNTHETIC" in text.get_text() for text in ax.figure.texts) == bool(live)
+def test_a_way_has_its_colour_in_every_picture_and_nothing_else_has_it():
+    names = ["mine", "1cycle", "1cycle, 3 epochs", "Adam"]
+    results = results_of(*(row_of(name, seed, 0.9 - n / 100) for n, name in enumerate(names) for seed in (0, 1)))
+    styles = experiments.styles_of(names)
+    assert styles["1cycle"] == experiments.styles_of(["1cycle"])["1cycle"]
+    curves = [colour(line) for line in plot_runs(results)[-1].lines]
+    assert curves == [matplotlib.colors.to_rgb(style["color"]) for style in styles.values()] and len(set(curves)) == 4
+    ax = plot_comparison(results)
+    points = [tuple(row.get_facecolor()[0][:3]) for row in ax.collections]
+    assert points[1] == points[2] == pytest.approx(styles["1cycle"]["color"])  # rows are told apart by their names
+    ways = [experiments.styles_of([name])[name]["color"] for name in STYLES]
+    assert not {matplotlib.colors.to_rgb(style["color"]) for style in clr_utils.line_styles(8)} & set(ways)
 
 
-def test_synthetic_runs_mark_the_curves():
-    axes = clr_utils.plot_runs([line_of("a", 0, 0.9, data="synthetic")])
-    assert any("SYNTHETIC" in text.get_text() for text in axes[0].figure.texts)
+def test_no_two_ways_look_the_same():
+    looks = {style[:2] for style in STYLES.values()}
+    assert len(looks) == len(set(STYLES.values())) == 9
+    for names in ([f"row {n}" for n in range(8)], ["1cycle, a", "1cycle, b", "1cycle"]):
+        styles = experiments.styles_of(names)
+        assert len({str(style) for style in styles.values()}) == len(names) == len(styles)
 
 
-def test_too_many_rows_or_none_are_refused():
-    with pytest.raises(ValueError, match="0 rows"):
-        clr_utils.plot_comparison([])
-    with pytest.raises(ValueError, match="8 rows: 1 to 7"):
-        clr_utils.plot_runs([line_of(str(n), 0, 0.9) for n in range(8)])
+@pytest.mark.parametrize("plot", [plot_runs, plot_comparison])
+def test_results_that_do_not_belong_together_are_refused(plot):
+    with pytest.raises(ValueError, match="0 ways"):
+        plot(RESULTS[:0])
+    for mixed in ([*ROWS, ROWS[0]], [*ROWS, row_of("b", 0, 0.1, data="synthetic")]):
+        with pytest.raises(ValueError, match="two lines with seed|mnist and synthetic"):
+            plot(results_of(*mixed))
+    with pytest.raises(ValueError, match="9 ways to train: 1 to 8"):
+        plot_runs(results_of(*(row_of(str(n), 0, 0.9) for n in range(9))))
+    with pytest.raises(ValueError, match="order='best'.*'given'"):
+        plot_comparison(RESULTS, order="best")
+
+
+DIFFERENCES = pd.DataFrame(
+    [
+        ("a", "b", 5, -1.0, -3.0, 1.0, 0.3, "not told apart"),
+        ("a", "c", 10, 2.0, 1.0, 3.0, 0.01, "ahead"),
+        ("b", "c", 2, 0.5, -9, 10, np.nan, "not judged"),
+    ],
+    columns=["first", "second", "n", "difference", "low", "high", "p_holm", "verdict"],
+)
+
+
+def test_differences_are_drawn_in_order_with_intervals_and_verdicts():
+    ax = plot_differences(DIFFERENCES, title="Differences")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a\nminus c", "b\nminus c", "a\nminus b"]
+    assert [text.get_text() for text in ax.texts] == ["n = 10", "n = 2", "n = 5"]
+    drawn = [(bar.lines[0].get_xdata()[0], *bar.lines[2][0].get_segments()[0][:, 0]) for bar in ax.containers]
+    assert drawn == [(2, 1, 3), (0.5, -9, 10), (-1, -3, 1)]
+    points = [bar.lines[0] for bar in ax.containers]
+    assert [point.get_markerfacecolor() == "white" for point in points] == [False, True, True]
+    assert colour(points[0]) == colour(points[2]) != colour(points[1])
+    assert ax.lines[0].get_xdata() == [0, 0]
+    assert legend_of(ax) == ["told apart", "not told apart", "not judged"]
+    given = plot_differences(DIFFERENCES[:2], order="given")
+    assert [text.get_text() for text in given.texts] == ["n = 5", "n = 10"] and "not judged" not in legend_of(given)
+    for wrong in ({"order": "p"}, {"comparisons": DIFFERENCES[:0]}):
+        with pytest.raises(ValueError, match="order="):
+            plot_differences(**{"comparisons": DIFFERENCES} | wrong)
+
+
+def marks(ax):
+    return [text.get_text() for text in ax.figure.texts].count("SYNTHETIC DATA")
+
+
+@pytest.mark.parametrize("data", ["mnist", "synthetic"])
+def test_synthetic_data_are_written_across_the_figure(data, output, monkeypatch):
+    expected = int(data == "synthetic")
+    results = results_of(row_of("a", 0, 0.9, data=data))
+    assert marks(plot_comparison(RESULTS, results.assign(run="1cycle"))) == expected
+    assert marks(plot_runs(results)[0]) == expected
+    ax = plot_comparison(results, title="Once")
+    save_figure(ax, "x", data, "text")
+    assert marks(ax) == expected
+    ax = plot_schedule(TRIANGLE, 10, title="A triangle")
+    save_figure(ax, "y", data, "text")
+    assert marks(ax) == expected
 
 
 # --------------------------------------------------------------------------------------------------- smooth
@@ -278,14 +466,18 @@ def test_smoothing_outside_its_range_is_refused(smoothing):
 # ---------------------------------------------------------------------------------------------- save_figure
 
 
+def triangle(**options):
+    return plot_schedule(new_clr(), 10, title="A triangle", **options)
+
+
 @pytest.mark.parametrize("hand_over", [lambda ax: ax, lambda ax: ax.figure], ids=["axes", "figure"])
 def test_a_figure_is_written_with_its_text_at_the_size_of_the_series(output, hand_over):
     alt = "A triangle: 0.1 to 0.5 – and back"  # the dash is not in Latin-1
-    save_figure(hand_over(plot_schedule(new_clr(), 10)), "01_triangle", alt)
+    save_figure(hand_over(triangle()), "01_triangle", alt=alt)
     assert os.listdir(output) == ["01_triangle.png"]
     with Image.open(output / "01_triangle.png") as picture:
         assert picture.format == "PNG"
-        assert picture.width == 960 and picture.height == 384
+        assert picture.size == (960, 540)
         assert picture.text["Description"] == alt
         assert "Software" not in picture.text  # it would change the file with every version of matplotlib
         shades = np.asarray(picture.convert("L"))
@@ -295,21 +487,21 @@ def test_a_figure_is_written_with_its_text_at_the_size_of_the_series(output, han
 
 def test_the_size_is_that_of_the_series_whatever_the_users_settings(output):
     with matplotlib.rc_context({"figure.dpi": 50, "savefig.dpi": 300, "figure.figsize": (3, 3)}):
-        save_figure(plot_training(LOSS, LOSS, LOSS, source="mnist")[0], "training", "Three curves")
+        save_figure(plot_training(LOSS, LOSS, LOSS, title="Three curves")[0], "training", alt="Three curves")
     with Image.open(output / "training.png") as picture:
-        assert picture.size == (960, 720)
+        assert picture.size == (960, 840)
 
 
 def test_the_same_figure_gives_the_same_bytes(output):
     contents = []
     for _ in range(2):
-        save_figure(plot_schedule(new_clr(), 10, label="CLR"), "same", "A triangle")
+        save_figure(triangle(label="CLR"), "same", alt="A triangle")
         contents.append((output / "same.png").read_bytes())
     assert contents[0] == contents[1]
 
 
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_part(output, monkeypatch):
-    save_figure(plot_schedule(new_clr(), 10), "01_triangle", "A triangle")
+    save_figure(triangle(), "01_triangle", alt="A triangle")
     before = (output / "01_triangle.png").read_bytes()
 
     def fail(self, path, **options):
@@ -318,7 +510,7 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_part(output, monkeypatch
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
     with pytest.raises(KeyboardInterrupt):
-        save_figure(plot_schedule(new_clr(), 20), "01_triangle", "Two triangles")
+        save_figure(triangle(), "01_triangle", alt="Two triangles")
     assert os.listdir(output) == ["01_triangle.png"]
     assert (output / "01_triangle.png").read_bytes() == before
 
@@ -330,15 +522,23 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_part(output, monkeypatch
         ("../x", "text", r"name='\.\./x'"),
         ("/tmp/x", "text", "name='/tmp/x'"),
         ("", "text", "name=''"),
-        ("x", "", "alt=''"),
-        ("x", None, "alt=None"),
+        ("x", "", "no alt text"),
+        ("x", None, "no alt text"),
     ],
 )
 def test_a_name_with_folders_or_a_missing_text_is_refused(output, name, alt, match):
-    ax = plot_schedule(new_clr(), 10)
+    ax = triangle()
     with pytest.raises(ValueError, match=match):
-        save_figure(ax, name, alt)
+        save_figure(ax, name, alt=alt)
     assert not output.exists() or os.listdir(output) == []
+
+
+def test_a_figure_without_a_title_is_refused(output):
+    with pytest.raises(ValueError, match="'x' has no title"):
+        save_figure(plot_schedule(new_clr(), 10), "x", alt="text")
+    ax = plot_schedule(new_clr(), 10)
+    ax.set_title("of the axes")
+    save_figure(ax, "x", alt="text")
 
 
 @pytest.mark.parametrize(
@@ -360,9 +560,9 @@ def test_where_figures_go(tmp_path, monkeypatch, environment, folder):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, str(folders.get(value, value)))
-    monkeypatch.setattr(clr_utils, "__file__", str(folders["MODULE"] / "clr_utils.py"))
+    monkeypatch.setattr(experiments, "ROOT", folders["MODULE"])
     monkeypatch.setattr("tempfile.tempdir", str(folders["TEMP"]))
-    save_figure(plot_schedule(new_clr(), 10), "x", "A triangle")
+    save_figure(triangle(), "x", alt="A triangle")
     (written,) = tmp_path.rglob("*.png")
     assert written.is_relative_to(folders[folder]) and written.parent.name == "figures"
 
@@ -428,7 +628,7 @@ def test_an_unknown_profile_is_refused(monkeypatch, value):
 
 
 def test_mnist_network_is_that_of_the_blog_post():
-    model = clr_utils.mnist_network()
+    model = mnist_network()
     assert model.count_params() == 40_558
     assert model.input_shape == (None, 28, 28) and model.output_shape == (None, 10)
     rows = model.predict(np.random.default_rng(0).random((3, 28, 28), "float32"), verbose=0)
@@ -436,17 +636,17 @@ def test_mnist_network_is_that_of_the_blog_post():
 
 
 def test_describe_machine_is_one_line_with_the_versions():
-    line = clr_utils.describe_machine()
+    line = experiments.describe_machine()
     assert "\n" not in line
     for part in (f"Python {sys.version.split()[0]}", f"Keras {keras.__version__}", keras.backend.backend()):
         assert part in line
 
 
-def test_the_module_is_imported_quietly_and_needs_matplotlib_only_to_draw(tmp_path):
+def test_the_module_needs_matplotlib_and_seaborn_only_to_draw(tmp_path):
     # Keras itself imports matplotlib where there is one, so whether it is loaded tells nothing: take it away.
     code = """
 import sys
-sys.modules["matplotlib"] = None
+sys.modules["matplotlib"] = sys.modules["seaborn"] = None
 import clr_utils
 print(clr_utils.CLR((0.1, 0.5), 4).learning_rate_at(2))
 try:
@@ -454,18 +654,8 @@ try:
 except ImportError as error:
     print(error.name)
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"} | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     rate, missing = done.stdout.split()
-    assert float(rate) == pytest.approx(0.3) and missing.startswith("matplotlib")
-
-
-def test_a_way_to_train_looks_the_same_in_every_picture_and_like_no_other():
-    alone, together = (clr_utils.styles_of(names)["1cycle"] for names in (["1cycle"], ["mine", "Adam", "1cycle"]))
-    assert alone == together
-    for names in (list(clr_utils.STYLES)[:7], ["SGD", "constant", "constant 0.35"], [f"row {n}" for n in range(7)]):
-        styles = clr_utils.styles_of(names)
-        assert list(styles) == names and len({style["color"] for style in styles.values()}) == len(names)
-    with pytest.raises(ValueError, match="8 names"):
-        clr_utils.styles_of([f"row {n}" for n in range(8)])
+    assert float(rate) == pytest.approx(0.3) and missing == "seaborn"
