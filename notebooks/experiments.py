@@ -334,53 +334,55 @@ def _draw_cifar10(rng, n):
 
 @keras.saving.register_keras_serializable(package="experiments")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """`keras.layers.BatchNormalization`, trained through the backend's fused kernel: the same mathematics, faster.
+    """`keras.layers.BatchNormalization` through the backend's fused kernel: the same mathematics, faster.
 
     Keras 3 computes mean, variance and the scaling one after the other, each a pass over memory in float32 (also for
-    half-precision inputs). TensorFlow and torch have one kernel for all of it. It is used in training where the
-    features are the last of four axes and nothing asks for more (masks, renorm, `synchronized`, JAX); everything else
-    goes Keras's own way, inference too. Arguments, weights, files and running statistics are those of Keras's layer.
+    half-precision inputs). TensorFlow and torch have one kernel for all of it. It is used where the features are the
+    last of four axes and nothing asks for more (masks, renorm, `synchronized`); everything else, and JAX, goes Keras's
+    own way. Arguments, weights, files and running statistics are those of Keras's layer.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.
     """
 
     def call(self, inputs, training=None, mask=None):
         fused = {"tensorflow": _fused_on_tensorflow, "torch": _fused_on_torch}.get(keras.backend.backend())
-        dtype = keras.backend.standardize_dtype(inputs.dtype)
         plain = mask is None and not self.synchronized and not getattr(self, "renorm", False)
-        plain = (
-            plain and len(inputs.shape) == 4 and self.axis in (-1, 3) and dtype in ("float32", "float16", "bfloat16")
-        )
-        if not (training and self.trainable and plain and fused):
+        plain = plain and len(inputs.shape) == 4 and self.axis in (-1, 3)
+        if not fused or not plain or keras.backend.standardize_dtype(inputs.dtype) == "float64":
             return super().call(inputs, training=training, mask=mask)
-        features = (inputs.shape[-1],)
-        gamma = ops.convert_to_tensor(self.gamma) if self.scale else ops.ones(features)
-        beta = ops.convert_to_tensor(self.beta) if self.center else ops.zeros(features)
-        outputs, mean, variance = fused(inputs, ops.cast(gamma, "float32"), ops.cast(beta, "float32"), self.epsilon)
-        for moving, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(moving * self.momentum + ops.stop_gradient(new) * (1.0 - self.momentum))
+        ones, statistics = ops.ones(inputs.shape[-1:], "float32"), None
+        gamma = ops.convert_to_tensor(self.gamma) if self.scale else ones
+        beta = ops.convert_to_tensor(self.beta) if self.center else 0 * ones
+        if not (training and self.trainable):
+            statistics = ops.convert_to_tensor(self.moving_mean), ops.convert_to_tensor(self.moving_variance)
+        outputs, *batch = fused(inputs, gamma, beta, self.epsilon, statistics)
+        if statistics is None:
+            for moving, new in zip((self.moving_mean, self.moving_variance), batch):
+                moving.assign(moving * self.momentum + ops.stop_gradient(new) * (1.0 - self.momentum))
         return ops.cast(outputs, self.compute_dtype)
 
 
-def _fused_on_tensorflow(x, gamma, beta, epsilon):
-    """(outputs, mean, variance of the batch), the last two (features,) in float32."""
+def _fused_on_tensorflow(x, gamma, beta, epsilon, statistics=None):
+    """(outputs, mean, variance of the batch), all but the outputs (features,) in float32. With `statistics`, a mean and
+    a variance, these are used in place of the batch's."""
     import tensorflow as tf
 
-    x = tf.convert_to_tensor(x)
-    outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=x, scale=gamma, offset=beta, mean=[], variance=[], epsilon=epsilon, is_training=True
-    )
+    mean, variance = statistics or ([], [])
+    x, training = tf.convert_to_tensor(x), statistics is None
+    arguments = {"scale": gamma, "offset": beta, "mean": mean, "variance": variance}
+    outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(x=x, epsilon=epsilon, is_training=training, **arguments)
     values = tf.cast(tf.size(x) // x.shape[-1], tf.float32)
-    return outputs, mean, variance * (values - 1) / values  # the kernel returns the variance over n - 1, Keras keeps n
+    return outputs, mean, variance * (values - 1) / values  # the kernel's variance is over n - 1, Keras's over n
 
 
-def _fused_on_torch(x, gamma, beta, epsilon):
+def _fused_on_torch(x, gamma, beta, epsilon, statistics=None):
     """The same on torch, whose kernel wants the features in front; the view costs nothing."""
     import torch
 
-    x = x.permute(0, 3, 1, 2)
-    mean, variance = torch.zeros_like(gamma), torch.zeros_like(gamma)
-    outputs = torch.nn.functional.batch_norm(x, mean, variance, gamma, beta, training=True, momentum=1.0, eps=epsilon)
+    x, training = x.permute(0, 3, 1, 2), statistics is None
+    mean, variance = statistics or (torch.zeros_like(gamma), torch.zeros_like(gamma))
+    batch_norm = torch.nn.functional.batch_norm
+    outputs = batch_norm(x, mean, variance, gamma, beta, training=training, momentum=1.0, eps=epsilon)
     values = x.numel() // x.shape[1]
     return outputs.permute(0, 2, 3, 1), mean, variance * (values - 1) / values
 
