@@ -290,7 +290,7 @@ class CLR(keras.optimizers.Optimizer):
         bounds, steps, step_function: as for CyclicalLR.
         momentum_bounds: the momentum at the lowest and at the highest learning rate, normally falling, as in
             (0.95, 0.85); or one number for a constant momentum. Each in [0, 1). It follows the height of the
-            learning rate between its bounds, and rests at the first where the rate is below the lower bound.
+            cycle, step_function(i, (0, 1), steps) between 0 and 1, so it rests at the first in a tail below low.
         nesterov: whether to use Nesterov momentum.
         **kwargs: weight_decay (Keras multiplies it by the current learning rate, so it cycles along), clipnorm,
             clipvalue, global_clipnorm, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor and
@@ -344,7 +344,7 @@ class CLR(keras.optimizers.Optimizer):
     def build(self, variables):
         if self._loaded is not None:  # checked before anything is made, so that a second try is refused as well
             shapes = [tuple(v.shape) for v in variables if not self._overwrite_variable_with_gradient(v)]
-            self._own_part(self._loaded, [(), *shapes * self._slots])
+            self._check_fits(self._loaded, [(), *shapes * self._slots])
         super().build(variables)
         self.velocities = self.add_optimizer_variables(variables, "velocity") if max(self.momentum_bounds) else []
         if self._loaded is not None:
@@ -374,6 +374,10 @@ class CLR(keras.optimizers.Optimizer):
     def load_own_variables(self, store):
         """Takes the variables of a saved CLR, also before `build`, which then puts them in place. Keras would not."""
         saved = [np.asarray(store[str(i)]) for i in range(len(store.keys()))]
+        # A LossScaleOptimizer, which Keras wraps around it under mixed_float16, saves four numbers of its own first:
+        # an iteration, which stays 0, a learning rate, a counter, and the scale.
+        if len(saved) > 4 and not any(v.ndim for v in saved[:4]) and saved[0] == 0 < saved[3]:
+            saved = saved[4:]
         if not saved:  # as Keras's optimizers do
             message = "weights saved without optimizer, or not under mixed_float16 as here. The cycle does not resume."
             warnings.warn(f"Nothing in the file for optimizer '{self.name}': {message}", stacklevel=2)
@@ -381,10 +385,12 @@ class CLR(keras.optimizers.Optimizer):
             self._loaded = None
             self._restore([np.zeros(v.shape) for v in self.variables])
         elif self.built:
-            self._restore(self._own_part(saved, [tuple(v.shape) for v in self.variables]))
+            self._check_fits(saved, [tuple(v.shape) for v in self.variables])
+            self._restore(saved)
         else:
-            self._loaded = self._own_part(saved)
-            self._iterations.assign(self._loaded[0])
+            self._check_fits(saved)
+            self._loaded = saved
+            self._iterations.assign(saved[0])
 
     def save_own_variables(self, store):
         if self._loaded is None:
@@ -393,22 +399,18 @@ class CLR(keras.optimizers.Optimizer):
             for i, value in enumerate(self._loaded):
                 store[str(i)] = value
 
-    def _own_part(self, saved, expected=None):
-        """What of the saved variables is this optimizer's. expected: the shapes of its own, where they are known.
-
-        A LossScaleOptimizer, which Keras wraps around it under mixed_float16, saves four scalars of its own first.
-        """
-        for start in (0, 4):
-            shapes = [v.shape for v in saved[start:]]
-            one_slot = shapes[1 : 1 + (len(shapes) - 1) // self._slots] if self._slots else []
-            if shapes == (expected or [(), *one_slot * self._slots]):
-                return saved[start:]
+    def _check_fits(self, saved, expected=None):
+        """ValueError where saved variables are not this optimizer's. expected: the shapes of its own, once known."""
+        shapes = [v.shape for v in saved]
+        one_slot = shapes[1 : 1 + (len(shapes) - 1) // self._slots] if self._slots else []
+        if len(shapes) > self._slots and shapes == (expected or [(), *one_slot * self._slots]):
+            return
         names = ("momentum_bounds", "use_ema", "gradient_accumulation_steps")
         given = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         here = f"{len(expected)}: {expected!s:.300}" if expected else f"1 and {self._slots} for each trainable variable"
         raise ValueError(
             f"The saved state does not fit optimizer {self.name}. The file has {len(saved)} variables: "
-            f"{[v.shape for v in saved]!s:.300}; with {given} there are {here}. Compile with the same settings and "
+            f"{shapes!s:.300}; with {given} there are {here}. Compile with the same settings and "
             "trainable variables. Or take the weights alone and start the cycle anew: compile, "
             "optimizer.build(model.trainable_variables), then load_weights(path, skip_mismatch=True)."
         )

@@ -12,7 +12,7 @@ os.environ.setdefault("CLR_PROFILE", "smoke")
 os.environ.setdefault("CLR_SYNTHETIC", "always")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import clr_utils  # noqa: E402, I001  (first, because it imports Keras without TensorFlow's greeting)
+import experiments  # noqa: E402, F401, I001  (first, because it imports Keras without TensorFlow's greeting)
 import hypothesis  # noqa: E402
 import keras  # noqa: E402
 import pytest  # noqa: E402
@@ -20,8 +20,6 @@ import pytest  # noqa: E402
 # derandomize: the same examples in every run; database: nothing is written into the repository.
 hypothesis.settings.register_profile("clr", deadline=None, derandomize=True, database=None, max_examples=150)
 hypothesis.settings.load_profile("clr")
-
-assert clr_utils.keras is keras
 
 
 @pytest.fixture
