@@ -2,6 +2,10 @@
 
 import functools
 import math
+import os
+import pathlib
+import subprocess
+import sys
 import warnings
 
 import keras
@@ -342,6 +346,28 @@ def test_tensor_eager_or_traced_agrees_with_array_to_float32(name, steps, iterat
     exponent = np.abs(iterations * math.log(0.99994)) if name == "exp_range" else 0
     height = np.maximum(array - bounds[0], 0)
     np.testing.assert_array_less(np.abs(tensor - array), 5e-7 * bounds[1] + 2e-7 * exponent * height + 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_the_other_backends_agree_with_arrays_too(backend):
+    pytest.importorskip(backend)
+    program = """
+import functools, keras, numpy as np
+from clr_utils import STEP_FUNCTIONS, cosine_restarts, trapezoid
+doubling, root = functools.partial(cosine_restarts, factor=2), functools.partial(trapezoid, shape="1-sqrt")
+iterations = np.array([*range(100), 2**24 + 1, 2**30 - 1, 2**31 - 1], "int32")
+for function in [*STEP_FUNCTIONS.values(), doubling, root]:
+    at = call = lambda i: function(i, (0.067, 0.58), 7)
+    if keras.backend.backend() == "jax":
+        import jax
+        call = jax.jit(at)
+    values = keras.ops.convert_to_numpy(call(keras.ops.convert_to_tensor(iterations)))
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, at(iterations), rtol=0, atol=5e-7)
+"""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=root, env=environment)
 
 
 @given(st.sampled_from([triangular, cosine]), steps_, iterations_, bounds_)
