@@ -536,9 +536,8 @@ def smooth(values, smoothing):
 # ---------------------------------------------------------------------------------------------------------
 # LR range test
 #
-# The sweep is `train_on_batch` in a loop, on the model itself, which is compiled with a second optimizer for it.
-# What compiling and training leave behind are attributes of the model, values of variables and random states:
-# two context managers put these back, whatever ends the sweep.
+# The sweep is `train_on_batch` in a loop, on the model itself, compiled with a second optimizer meanwhile. That leaves
+# behind attributes of the model, values of variables, and random states: two context managers put them back.
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -561,37 +560,33 @@ def lr_range_test(
 ):
     """Trains `model` for a few hundred updates with a rising learning rate, records the loss, and undoes it all.
 
-    Afterwards everything is as before, an exception or Ctrl-C included: weights, BatchNorm, dropout seeds, optimizer,
-    metrics, compiled functions, history, and the random states of Python, NumPy, Keras and the backend. A `fit` after
-    it gives the same bits as one without it. What cannot be undone is in the data: a generator is read on from where
-    the test left it, and a tf.data shuffle counts its passes in the dataset object (build a second one for the test
-    if the order afterwards must not change). A model that was not built is built, and stays so.
-
+    Afterwards everything is as before, whatever ended the test, an exception or Ctrl-C included: weights, BatchNorm,
+    dropout seeds, optimizer, metrics, compiled functions, history, and the random states of Python, NumPy, Keras and
+    the backend. A `fit` after it gives the same bits as one without it. (What was not built is built, and stays so.)
+    Only the data cannot be put back: a generator goes on where the test left it, and a tf.data shuffle counts its
+    passes in the dataset object (build a second one for the test, if the order afterwards must not change).
     Source: Smith 2017, arXiv:1506.01186, section 3.3; Smith 2018, arXiv:1803.09820, section 4.1.
 
     Args:
         model: a compiled keras.Model. It is trained as it stands and was compiled, mid-training too, but by a second
             optimizer that does the same, with slots that start at zero (no momentum from before).
-        x, y: arrays (or lists, tuples, dicts of arrays) of equal length, in an order drawn from `seed` and without
-            the last incomplete batch; or, with y=None, a tf.data.Dataset, a keras PyDataset (its `workers` are not
-            used), a list of batches, a generator or another iterable of batches (x, y) or (x, y, sample_weight). What
-            ends early is read again, except a generator, which cannot be and ends the test.
+        x, y: arrays (or lists, tuples, dicts of arrays) of equal length, read in an order drawn from `seed`, without
+            incomplete batches; or, with y=None, a tf.data.Dataset, a keras PyDataset (its `workers` are not used), a
+            list, a generator or another iterable of batches (x, y) or (x, y, sample_weight). What ends early is read
+            again; a generator, which cannot be, ends the test.
         lr_bounds: first and last learning rate, low < high.
-        num_steps: updates from one to the other, at least 10 (batches, with gradient accumulation). The shorter, the
-            higher the answer: with momentum the velocity still carries the smaller steps of before (at 0.9, 600
-            steps over six decades read 1.2 times too high, 100 steps 2.2 times).
+        num_steps: updates from one to the other, at least 10 (batches, with gradient accumulation). The velocity is
+            late: with momentum 0.9, over six decades, 600 updates read 1.2 times too high, 100 updates 2.2 times.
         sweep: "exponential" (equal factors) or "linear" (equal differences, for a closer look; low may be 0).
-        batch_size: of arrays.
-        stop_factor: the test ends when the smoothed loss has lost (stop_factor - 1) quarters of its descent, by
-            default three, and the rise is beyond noise; math.inf: never. Above 1. It looks at differences only, so a
-            constant added to the loss changes nothing. A loss that is not finite always ends the test.
+        batch_size: samples in a batch, where the data are arrays.
+        stop_factor: the test ends when the smoothed loss has lost stop_factor - 1 quarters of its descent (by default
+            three) in a rise beyond noise; math.inf: never. A loss that is not finite always ends it.
         smoothing: share of the past in the smoothed loss (see `smooth`).
         momentum: overrides the optimizer's, in [0, 1). By default CLR uses momentum_bounds[1], constant: the momentum
             it will have at the high learning rate, which is what the test is to find. Others keep their own.
         sample_weight, class_weight: as for `fit`.
-        validation_data: (x, y), (x, y, sample_weight) or a data set that can be read repeatedly. Its loss is taken up
-            to 20 times during the sweep; each costs an evaluation.
-        seed: of the order in which arrays and a PyDataset are read.
+        validation_data: as for `fit`, but no generator. Its loss is taken up to 20 times; each costs an evaluation.
+        seed: of the order in which arrays and the batches of a PyDataset are read.
 
     Returns:
         A RangeTest.
@@ -599,36 +594,28 @@ def lr_range_test(
     Raises:
         ValueError, TypeError: for arguments outside these limits. Errors in the data come through as they are.
     """
-    low, high = _checked_sweep(lr_bounds, num_steps, sweep)
-    _check_model(model)
-    _check_options(batch_size, stop_factor, smoothing, validation_data)
-    schedule = CyclicalLR((low, high), num_steps, SWEEPS[sweep])
+    _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing, momentum, validation_data)
+    schedule = CyclicalLR(lr_bounds, num_steps, functools.partial(_rising, sweep=sweep))
+    if schedule.bounds[0] == schedule.bounds[1] or (schedule.bounds[0] == 0 and sweep == "exponential"):
+        raise ValueError(f"{lr_bounds=}: give low < high, for an exponential sweep both above 0.")
     optimizer = _sweep_optimizer(model.optimizer, schedule, momentum)
+    asked = {"sweep": sweep, "stop_factor": stop_factor, "smoothing": smoothing}
     with _random_states_kept():
         batches = _batches(x, y, sample_weight, int(batch_size), np.random.default_rng(seed))
         first = next(batches, None)
-        _check_batch(model, first)
-        _build(model, first[0])
-        with _model_kept(model):
-            _compile_for_sweep(model, optimizer)
-            return _sweep(
-                model,
-                itertools.islice(itertools.chain([first], batches), schedule.steps),
-                schedule,
-                class_weight,
-                validate=_validation(model, validation_data, batch_size),
-                options={"stop_factor": stop_factor, "smoothing": smoothing, "sweep": sweep},
-            )
+        _build(model, first)
+        batches = itertools.islice(itertools.chain([first], batches), num_steps)
+        with _compiled_for_a_while(model, optimizer):
+            return _sweep(model, batches, schedule, class_weight, (validation_data, batch_size), asked)
 
 
-def _sweep(model, batches, schedule, class_weight, validate, options):
+def _sweep(model, batches, schedule, class_weight, validation, asked):
     """The RangeTest of a compiled model on these batches."""
-    smoothing, loss_scaled = options["smoothing"], hasattr(model.optimizer, "inner_optimizer")
-    check_every = -(-schedule.steps // 20)
+    smoothing, loss_scaled = asked["smoothing"], hasattr(model.optimizer, "inner_optimizer")
     lr, loss, smoothed, accuracy, checks, mean, diverged_at = [], [], [], [], [], 0.0, None
     for step, batch in enumerate(batches):
         # An update that loss scaling skips does not move the rate.
-        rate = float(ops.convert_to_numpy(model.optimizer.learning_rate)) if loss_scaled else schedule.at(step)
+        rate = float(ops.convert_to_numpy(model.optimizer.learning_rate) if loss_scaled else schedule.at(step))
         model.reset_metrics()  # before Keras 3.14 train_on_batch reports the mean since the last reset
         logs = model.train_on_batch(*batch, class_weight=class_weight, return_dict=True)
         if not math.isfinite(logs["loss"]):
@@ -640,120 +627,91 @@ def _sweep(model, batches, schedule, class_weight, validate, options):
         accuracy.append(next((v for k, v in logs.items() if k == "acc" or k.endswith("accuracy")), math.nan))
         mean = smoothing * mean + (1 - smoothing) * loss[-1]  # as `smooth` does
         smoothed.append(mean / (1 - smoothing ** (step + 1)))
-        if smoothed[-1] > _limit(loss, smoothed, schedule.steps, smoothing, options["stop_factor"]):
-            diverged_at, stopped = rate, f"The smoothed loss rose to {smoothed[-1]:.3g} at update {step}."
+        if smoothed[-1] > _limit(loss, smoothed, schedule.steps, **asked):
+            stopped, diverged_at = f"The smoothed loss rose to {smoothed[-1]:.3g} at update {step}.", rate
             break
-        if validate and len(loss) % check_every == 0:
-            checks.append((rate, validate()))
+        if validation[0] is not None and (step + 1) % -(-schedule.steps // 20) == 0:
+            checks.append((rate, _validation_loss(model, *validation)))
     else:
-        ended = len(loss) == schedule.steps
-        stopped = "It reached the end of the sweep." if ended else f"The data ended after {len(loss)} batches."
-    checks = np.array(checks).reshape(-1, 2)
-    return RangeTest(
-        lr=np.array(lr, float),
-        loss=np.array(loss, float),
-        smoothed=np.array(smoothed, float),
-        accuracy=None if np.isnan(accuracy).all() else np.array(accuracy, float),
-        validation_lr=checks[:, 0] if validate else None,
-        validation_loss=checks[:, 1] if validate else None,
-        stopped=stopped,
-        diverged_at=None if diverged_at is None else float(diverged_at),
-        lr_bounds=schedule.bounds,
-        num_steps=schedule.steps,
-        **options,
-    )
+        short = f"The data ended after {len(loss)} batches."
+        stopped = short if len(loss) < schedule.steps else "It reached the end of the sweep."
+    lr, loss, smoothed, accuracy = (np.array(values, float) for values in (lr, loss, smoothed, accuracy))
+    checked = np.array(checks).reshape(-1, 2).T if validation[0] is not None else (None, None)
+    accuracy = None if np.isnan(accuracy).all() else accuracy
+    record = lr, loss, smoothed, accuracy, *checked, stopped, diverged_at
+    return RangeTest(*record, lr_bounds=schedule.bounds, num_steps=schedule.steps, **asked)
 
 
-def _limit(loss, smoothed, num_steps, smoothing, stop_factor):
+def _validation_loss(model, data, batch_size):
+    of_arrays = isinstance(data, (tuple, list))
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(data) if of_arrays else (data, None, None)
+    size = batch_size if of_arrays else None
+    with _random_states_kept():  # torch draws from its own, even to read in order
+        return model.evaluate(x, y, batch_size=size, verbose=0, sample_weight=weight, return_dict=True)["loss"]
+
+
+def _limit(loss, smoothed, num_steps, stop_factor, smoothing, **_):
     """The smoothed loss beyond which a sweep counts as diverged. A constant added to the loss moves it along."""
     first = max(num_steps // 10, 10)
-    if len(loss) <= first or math.isinf(stop_factor):
+    if len(loss) <= first:
         return math.inf
     start, lowest = sum(loss[:first]) / first, min(smoothed[first:])
     # The median step from one loss to the next is about their standard deviation, whatever the trend. Sixty of what
     # smoothing leaves of it, because noise grows with the learning rate. The last term is for losses without any.
-    noise = float(np.median(np.abs(np.diff(loss[:first])))) * _share_of_noise(smoothing)
+    noise = float(np.median(np.abs(np.diff(loss[:first])))) * math.sqrt((1 - smoothing) / (1 + smoothing))
     return lowest + (stop_factor - 1) / 4 * max(start - lowest, 60 * noise, 1e-5 * abs(start))
 
 
-def _share_of_noise(smoothing):
-    """Of independent values with standard deviation s, the exponential mean has this share of s."""
-    return math.sqrt((1 - smoothing) / (1 + smoothing))
-
-
-class Suggestions(NamedTuple):
-    """Learning rates that a range test suggests, and `why` in one sentence."""
-
-    valley: float
-    steepest: float
-    minimum: float
-    why: str
+Suggestions = NamedTuple("Suggestions", [("valley", float), ("steepest", float), ("minimum", float), ("why", str)])
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class RangeTest:
-    """What `lr_range_test` saw. n updates were recorded, up to the end or to what stopped it.
+    """What `lr_range_test` saw. n updates were recorded, up to the end or to what stopped it."""
 
-    Attributes:
-        lr, loss, smoothed: arrays (n,), float64: the learning rate of each update, the loss of its batch before the
-            update, and its exponential mean.
-        accuracy: array (n,), of each batch, by the first metric whose name ends so; None where there is none.
-        validation_lr, validation_loss: arrays (up to 20,), or None.
-        stopped: why it ended, one sentence.
-        diverged_at: the learning rate at which it did diverge, or None.
-        break_lr: the last learning rate at which the loss is still low (see `bounds`), or None.
-        lr_bounds, num_steps, sweep, smoothing, stop_factor: as asked for.
-    """
-
-    lr: np.ndarray
-    loss: np.ndarray
-    smoothed: np.ndarray
-    accuracy: np.ndarray | None
-    validation_lr: np.ndarray | None
+    lr: np.ndarray  # (n,): the learning rate of each update
+    loss: np.ndarray  # (n,): of its batch, before the update
+    smoothed: np.ndarray  # (n,): the exponential mean of the losses
+    accuracy: np.ndarray | None  # (n,): of its batch, by the first metric whose name ends so, if there is one
+    validation_lr: np.ndarray | None  # (up to 20,)
     validation_loss: np.ndarray | None
-    stopped: str
-    diverged_at: float | None
-    lr_bounds: tuple
+    stopped: str  # why it ended, one sentence
+    diverged_at: float | None  # the learning rate at which it did, if it did
+    lr_bounds: tuple  # this and the rest: as asked for
     num_steps: int
     sweep: str
-    smoothing: float
     stop_factor: float
+    smoothing: float
 
     def suggest(self):
-        """Three customary readings of the smoothed loss, as in fastai's lr_find.
-
-        The first tenth of the sweep and the last 5 points are left out. Then
-        valley: in the longest falling subsequence (length n), n/3 + n/6 points from its start;
-        steepest: where the loss falls fastest per step of log(lr);
-        minimum: a tenth of the rate with the lowest loss.
+        """Three customary readings of the smoothed loss without its first tenth and last 5 points, as fastai's lr_find.
 
         Returns:
             Suggestions(valley, steepest, minimum, why).
+            valley: in the longest falling subsequence (length n), the rate n/3 + n/6 points from its start;
+            steepest: where the loss falls fastest per step of log(lr);
+            minimum: a tenth of the rate with the lowest loss; why: one sentence.
 
         Raises:
-            ValueError: with the reason, where there are less than 10 points, or no descent: the smoothed loss has to
-                fall below the mean of the first tenth by four times the noise that its points have after smoothing.
+            ValueError: with the reason, where there are less than 10 points, or no descent (from the mean of the first
+                tenth, by four times the noise that points have after smoothing).
         """
-        kept, reason = self._kept()
-        if reason:
+        kept, _, reason = self._read()
+        if kept is None:
             raise ValueError(f"The range test suggests nothing. {reason}")
         lr, loss = self.lr[kept], self.smoothed[kept]
         end, length = _longest_descent(loss)
         valley = max(0, end - length) + int(length / 3) + int(length / 6)
         steepest = int(np.argmin(np.diff(loss) / np.diff(np.log(lr))))
         lowest = int(np.argmin(loss))
-        why = "The smoothed loss falls and rises again."
-        if lowest == len(loss) - 1:
-            why = f"The smoothed loss was still falling at the last kept rate, {lr[-1]:.3g}: try a higher lr_bounds[1]."
+        falling = f"The smoothed loss was still falling at the last kept rate, {lr[-1]:.3g}: try a higher lr_bounds[1]."
+        why = falling if lowest == len(loss) - 1 else "The smoothed loss falls and rises again."
         return Suggestions(float(lr[valley]), float(lr[steepest]), float(lr[lowest]) / 10, why)
 
     def bounds(self, high_of_break=1 / 8, low_of_high=1 / 10):
         """The bounds for CLR: high is an eighth of the rate at which the loss breaks away, low a tenth of high.
 
-        The break is the last rate at which the smoothed loss is still low: it has kept three quarters of its descent,
-        which counts from the mean loss of the first tenth of the sweep to the lowest smoothed loss. A sweep passes
-        each rate in a few updates, a training stays there for hundreds, and tolerates less; notebook 02 measures how
-        much less. The lowest point itself is no guide: it lies anywhere in the flat part before the break.
+        A sweep passes each rate in a few updates; a training stays there for hundreds, and tolerates less: notebook 02.
         Source of low: Smith 2018, arXiv:1803.09820, section 4.1.
 
         Args:
@@ -765,71 +723,61 @@ class RangeTest:
         Raises:
             ValueError: with the reason, where `suggest` has no suggestion, or where the loss did not break.
         """
-        rate, reason = self._break()
-        if reason:
+        _, break_lr, reason = self._read()
+        if break_lr is None:
             raise ValueError(f"The range test gives no bounds. {reason}")
-        return low_of_high * high_of_break * rate, high_of_break * rate
+        return low_of_high * high_of_break * break_lr, high_of_break * break_lr
 
     @property
     def break_lr(self):
-        return self._break()[0]
+        """The last rate at which the smoothed loss still keeps three quarters of its descent, or None."""
+        return self._read()[1]
 
     def summary(self):
         """One line: how far it went, why it stopped, what it suggests."""
-        text = f"LR range test, {self.sweep} from {self.lr_bounds[0]:.3g} to {self.lr_bounds[1]:.3g}: "
-        text += f"{len(self.lr)} of {self.num_steps} updates. {self.stopped} "
-        reason = self._kept()[1]
-        if reason:
-            return f"{text}No suggestion: {reason}"
+        (low, high), (kept, break_lr, reason) = self.lr_bounds, self._read()
+        text = f"LR range test, {self.sweep} from {low:.3g} to {high:.3g}: {len(self.lr)} of {self.num_steps} updates."
+        if kept is None:
+            return f"{text} {self.stopped} No suggestion: {reason}"
         valley, steepest, minimum, _ = self.suggest()
-        reason = self._break()[1]
-        bounds = f"no bounds: {reason}" if reason else "bounds for CLR ({:.3g}, {:.3g})".format(*self.bounds())
-        return (
-            f"{text}Lowest smoothed loss at {minimum * 10:.3g}; valley {valley:.3g}, steepest {steepest:.3g}, "
-            f"minimum/10 {minimum:.3g}; {bounds}"
-        )
+        marks = f"valley {valley:.3g}, steepest {steepest:.3g}, minimum/10 {minimum:.3g}"
+        bounds = "bounds for CLR ({:.3g}, {:.3g})".format(*self.bounds()) if break_lr else f"no bounds: {reason}"
+        return f"{text} {self.stopped} Lowest smoothed loss at {minimum * 10:.3g}; {marks}; {bounds}"
 
     __str__ = summary
 
     def __repr__(self):
         return f"<RangeTest: {len(self.lr)} of {self.num_steps} updates, {self.sweep} over {self.lr_bounds}>"
 
-    def _break(self):
-        """(the rate at which the loss breaks away, None) or (None, why there is none). See `bounds`."""
-        kept, reason = self._kept()
-        if reason:
-            return None, reason
-        start, lowest = self.loss[: max(kept.start, 5)].mean(), self.smoothed[kept].min()
-        still_low = np.flatnonzero(self.smoothed <= lowest + (start - lowest) / 4)[-1]
-        if still_low == len(self.smoothed) - 1 and self.diverged_at is None:
-            return None, f"The loss was still low at the end, at {self.lr[-1]:.3g}: raise lr_bounds[1] until it breaks."
-        return float(self.lr[still_low]), None
-
-    def _kept(self):
-        """(slice of the points to judge, None) or (None, why there is nothing to judge)."""
+    def _read(self):
+        """(slice of the points to judge, or None; break_lr, or None; why one of them is missing)."""
         first = self.num_steps // 10
         kept = slice(first, max(first, len(self.lr) - 5))
         if not len(self.lr):
-            return None, self.stopped
+            return None, None, self.stopped
         if kept.stop - kept.start < 10:
-            advice = "Take more steps."
-            if self.diverged_at is not None:
-                advice = "Start at a lower rate or take more steps."
-            elif len(self.lr) < self.num_steps:
+            advice = "Start at a lower rate or take more steps."
+            if self.diverged_at is None and len(self.lr) < self.num_steps:
                 advice = "Give more data, data that can be read again (a generator cannot), or a smaller num_steps."
-            return None, (
-                f"Too few points: {len(self.lr)} updates, and the first {first} and the last 5 do not count. "
-                f"{self.stopped} {advice}"
-            )
-        start = self.loss[: max(first, 5)]
-        noise = start.std() * _share_of_noise(self.smoothing)
+            few = f"Too few points: {len(self.lr)} updates, and the first {first} and the last 5 do not count."
+            return None, None, f"{few} {self.stopped} {advice}"
+        start, noise = self.loss[: max(first, 5)].mean(), self.loss[: max(first, 5)].std()
+        noise *= math.sqrt((1 - self.smoothing) / (1 + self.smoothing))  # of the exponential mean of independent values
         lowest = self.smoothed[kept].min()
-        if not lowest < start.mean() - 4 * noise:
-            return None, (
-                f"No descent: the smoothed loss starts at {start.mean():.3g} and never falls clearly below it (lowest "
-                f"{lowest:.3g}). The model may have converged already, or learns at none of these rates."
+        if not lowest < start - 4 * noise:
+            none = (
+                f"No descent: the smoothed loss falls from {start:.3g} to no less than {lowest:.3g}, within its noise."
             )
-        return kept, None
+            return None, None, f"{none} The model may have converged already, or learns at none of these rates."
+        # The lowest point itself would be no guide: it lies anywhere in the flat part before the break.
+        still_low = np.flatnonzero(self.smoothed <= lowest + (start - lowest) / 4)[-1]
+        if still_low == len(self.smoothed) - 1 and self.diverged_at is None:
+            return (
+                kept,
+                None,
+                f"The loss was still low at the end, {self.lr[-1]:.3g}: raise lr_bounds[1] until it breaks.",
+            )
+        return kept, float(self.lr[still_low]), ""
 
 
 def _longest_descent(values):
@@ -841,44 +789,28 @@ def _longest_descent(values):
     return end, int(lengths[end])
 
 
-def _exponential(iteration, bounds, steps):
-    """A step function for one rise from bounds[0] to bounds[1] by equal factors."""
-    low, high = bounds
-    if low == 0:  # the height of CyclicalLR, of which a constant momentum makes nothing
-        return _linear(iteration, bounds, steps)
+def _rising(iteration, bounds, steps, sweep):
+    """A step function for one rise from bounds[0] to bounds[1] in `steps` updates."""
     xp, iteration = _numbers_of(iteration)
-    return low * xp.exp(xp.minimum(_to_float(xp, iteration) / (steps - 1), 1.0) * math.log(high / low))
-
-
-def _linear(iteration, bounds, steps):
-    """The same by equal differences."""
-    xp, iteration = _numbers_of(iteration)
-    return bounds[0] + (bounds[1] - bounds[0]) * xp.minimum(_to_float(xp, iteration) / (steps - 1), 1.0)
-
-
-SWEEPS = {"exponential": _exponential, "linear": _linear}
+    share, (low, high) = xp.minimum(_to_float(xp, iteration) / (steps - 1), 1.0), bounds
+    if sweep == "linear" or low == 0:  # as the height on which CLR's momentum depends, which is constant here
+        return low + (high - low) * share
+    return low * xp.exp(share * math.log(high / low))
 
 
 def _sweep_optimizer(optimizer, schedule, momentum):
     """A second optimizer that does what the first one does, at the rates of the schedule and with new slots.
 
-    It is no copy made from the config, which does not say all: exclude_from_weight_decay, a schedule that cannot be
-    serialised, what a subclass keeps to itself. So the base class is initialised anew, and the attributes that the
-    class of the optimizer has set besides are carried over, except variables, which `build` makes.
+    The config does not say all: exclude_from_weight_decay, what a subclass keeps to itself. So the base class is
+    initialised anew, and what has been set besides is carried over, except variables, which `build` makes.
     """
-    if momentum is not None and not (isinstance(momentum, numbers.Real) and 0 <= momentum < 1):
-        raise ValueError(f"momentum={momentum!r}: give a number in [0, 1), or None for the optimizer's own.")
-    kind = type(optimizer)
+    kind, base = type(optimizer), keras.optimizers.Optimizer
     if hasattr(optimizer, "optimizers"):  # MultiOptimizer
-        raise ValueError(
-            f"{kind.__name__} has several optimizers, each with a learning rate, and a range test sweeps one rate: compile "
-            "with one of them for the test, and freeze the layers of the others (layer.trainable = False)."
-        )
+        raise ValueError(f"{kind.__name__} has several learning rates: compile with one optimizer for the test.")
     if hasattr(optimizer, "inner_optimizer"):  # LossScaleOptimizer
         scale = float(ops.convert_to_numpy(optimizer.dynamic_scale)) if optimizer.built else optimizer.initial_scale
         inner = _sweep_optimizer(optimizer.inner_optimizer, schedule, momentum)
         return kind(inner, scale, dynamic_growth_steps=optimizer.dynamic_growth_steps, name=optimizer.name)
-    base = keras.optimizers.Optimizer
     settings = {name: getattr(optimizer, name) for name in base(0.1, name="").get_config() if name != "learning_rate"}
     twin = object.__new__(kind)
     if isinstance(optimizer, CLR):
@@ -887,95 +819,81 @@ def _sweep_optimizer(optimizer, schedule, momentum):
         CLR.__init__(twin, *cycle, nesterov=optimizer.nesterov, **settings)
     else:
         base.__init__(twin, schedule, **settings)
+        if momentum is not None:
+            if not hasattr(optimizer, "momentum"):
+                raise ValueError(f"momentum={momentum!r}: {kind.__name__} has none; leave it out.")
+            twin.momentum = float(momentum)
     for name, value in vars(optimizer).items():
         if not any(isinstance(v, keras.Variable) for v in keras.tree.flatten(value)):
             vars(twin).setdefault(name, value)
-    if momentum is not None and not isinstance(twin, CLR):
-        if not hasattr(twin, "momentum"):
-            raise ValueError(f"momentum={momentum!r}: {kind.__name__} has none; leave it out.")
-        twin.momentum = float(momentum)
     return twin
 
 
-def _compile_for_sweep(model, optimizer):
-    # The arguments as they were given: the public get_compile_config serialises them, which not every loss survives.
-    arguments = dict(model._compile_config.config, optimizer=optimizer, steps_per_execution=1, auto_scale_loss=False)
-    arguments.update(jit_compile=model.jit_compile, run_eagerly=model.run_eagerly)
-    keras.Model.compile(model, **arguments)  # not a `compile` of the model's class
-
-
 @contextlib.contextmanager
-def _model_kept(model):
-    """Afterwards the model has the attributes (compiled parts included) and its variables the values of before."""
+def _compiled_for_a_while(model, optimizer):
+    """The model compiled as it was, but with this optimizer. Afterwards its attributes and variables are as before."""
     attributes = dict(vars(model))
-    compiled = model._compile_config.config
-    given = [compiled["metrics"], compiled["weighted_metrics"]]  # not among model.metrics before the first batch
-    given = [metric for metric in keras.tree.flatten(given) if isinstance(metric, keras.metrics.Metric)]
-    variables = [*model.variables, *(v for metric in [*model.metrics, *given] for v in metric.variables)]
-    values = [_copy(v) for v in variables]
+    # The arguments as they were given: the public get_compile_config serialises them, which not every loss survives.
+    given = {**model._compile_config.config, "optimizer": optimizer, "steps_per_execution": 1, "auto_scale_loss": False}
+    given |= {"jit_compile": model.jit_compile, "run_eagerly": model.run_eagerly}
+    metrics = keras.tree.flatten([given["metrics"], given["weighted_metrics"]])  # maybe not in model.metrics yet
+    metrics = [metric for metric in metrics if isinstance(metric, keras.metrics.Metric)]
+    variables = [*model.variables, *(v for metric in [*model.metrics, *metrics] for v in metric.variables)]
+    values = [np.array(ops.convert_to_numpy(v.value)) for v in variables]  # copies: torch gives the memory itself
     try:
+        keras.Model.compile(model, **given)  # not a `compile` of the model's class
         yield
     finally:
         vars(model).update(attributes)
         for name in vars(model).keys() - attributes.keys():
             del vars(model)[name]
-        for metric in given:  # some make their variables at the first batch
+        for metric in metrics:  # some make their variables at the first batch
             metric.reset_state()
         for variable, value in zip(variables, values):
             variable.assign(value)
 
 
-def _copy(variable):
-    return np.array(ops.convert_to_numpy(ops.convert_to_tensor(variable)))
-
-
 @contextlib.contextmanager
 def _random_states_kept():
     """Afterwards the random states of Python, NumPy, Keras and the backend are as before."""
-    # There is no public way to the generator of unseeded keras.random calls, nor to one that may not exist yet.
+    # No public way leads to the generator of unseeded keras.random calls, nor to one that may not exist yet.
     from keras.src.backend.common import global_state
 
-    name = "global_seed_generator"
-    python, numpy_, generator = random.getstate(), np.random.get_state(), global_state.get_global_attribute(name)
-    state = None if generator is None else _copy(generator.state)
-    torch = sys.modules.get("torch")
-    with torch.random.fork_rng() if torch else contextlib.nullcontext():
-        restore_backend = _tensorflow_random_states() if keras.backend.backend() == "tensorflow" else lambda: None
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_)
-            global_state.set_global_attribute(name, generator)
-            if generator is not None:
-                generator.state.assign(state)
-            restore_backend()
+    name, backend, torch = "global_seed_generator", keras.backend.backend(), sys.modules.get("torch")
+    generator = global_state.get_global_attribute(name)
+    with contextlib.ExitStack() as afterwards:
+        afterwards.callback(random.setstate, random.getstate())
+        afterwards.callback(np.random.set_state, np.random.get_state())
+        afterwards.callback(global_state.set_global_attribute, name, generator)
+        if generator is not None:
+            afterwards.callback(generator.state.assign, np.array(ops.convert_to_numpy(generator.state.value)))
+        if backend == "tensorflow":
+            _keep_tensorflow_random_states(afterwards)
+        if torch:
+            afterwards.enter_context(torch.random.fork_rng(devices=None if backend == "torch" else []))
+        yield
 
 
-def _tensorflow_random_states():
-    """A function that puts them back. Neither can be read in public without bringing it into being."""
+def _keep_tensorflow_random_states(afterwards):
+    # Neither the global generator nor the seeds of eager operations can be read in public without making them.
     from tensorflow.python.eager import context
     from tensorflow.python.ops import stateful_random_ops
 
     eager, generator = context.context(), stateful_random_ops.global_generator
-    state = None if generator is None else generator.state.numpy()
+    afterwards.callback(setattr, stateful_random_ops, "global_generator", generator)
+    if generator is not None:
+        afterwards.callback(generator.state.assign, generator.state.numpy())
 
     def seeds():  # the attribute is not there before the first tf.random.set_seed
-        draws = getattr(eager, "_rng", None)
-        return eager._seed, draws and draws.getstate()
+        return eager._seed, hasattr(eager, "_rng") and eager._rng and eager._rng.getstate()
 
-    before = seeds()
-
-    def restore():
-        stateful_random_ops.global_generator = generator
-        if generator is not None:
-            generator.state.assign(state)
+    def reseed(before):
         if seeds() != before:
             eager._set_global_seed(before[0])  # also forgets the kernels made from draws that will be made again
             if before[1]:
                 eager._rng.setstate(before[1])
 
-    return restore
+    afterwards.callback(reseed, seeds())
 
 
 def _batches(x, y, sample_weight, batch_size, rng):
@@ -985,19 +903,14 @@ def _batches(x, y, sample_weight, batch_size, rng):
         yield from _batches_of_arrays(_as_batch((x, y, sample_weight)), batch_size, rng)
         return
     if y is not None or sample_weight is not None:
-        raise ValueError(
-            f"x={type(x).__name__} has labels and weights in its batches (x, y, sample_weight): leave out "
-            f"{'y' if y is not None else 'sample_weight'}."
-        )
-    if not (isinstance(x, keras.utils.PyDataset) or hasattr(x, "__iter__")):
-        raise TypeError(
-            f"x={type(x).__name__}: give arrays, a tf.data.Dataset, a PyDataset, or an iterable of batches."
-        )
+        raise ValueError(f"x={type(x).__name__} has batches (x, y, sample_weight): leave out y and sample_weight.")
+    pydataset = isinstance(x, keras.utils.PyDataset)
+    if not (pydataset or hasattr(x, "__iter__")):
+        raise TypeError(f"x={type(x).__name__}: give arrays, a tf.data.Dataset, a PyDataset or an iterable of batches.")
     empty = False
     while not empty:  # as a generator is the second time: it cannot be read again
         empty, epoch = True, x
-        if isinstance(x, keras.utils.PyDataset):
-            # Its on_epoch_end is not called: it is where data sets shuffle themselves, and `fit` would notice.
+        if pydataset:  # without its on_epoch_end, where data sets shuffle themselves: `fit` would notice
             order = itertools.count() if x.num_batches is None else rng.permutation(x.num_batches)
             epoch = (x[int(i)] for i in order)
         for batch in epoch:
@@ -1011,16 +924,13 @@ def _batches_of_arrays(arrays, batch_size, rng):
         return a if a is None or a.dtype.kind != "f" else a.astype(keras.config.floatx(), copy=False)
 
     arrays = keras.tree.map_structure(as_array, arrays)
-    leaves = [a for a in keras.tree.flatten(arrays) if a is not None]
-    lengths = {len(a) if a.ndim else None for a in leaves}
-    if len(lengths) != 1 or None in lengths:
-        shapes = ", ".join(str(a.shape) for a in leaves)
-        raise ValueError(f"x, y and sample_weight have shapes {shapes}: the first axis must count the same samples.")
-    (size,) = lengths
-    batch_size = min(batch_size, size)
+    shapes = [a.shape for a in keras.tree.flatten(arrays) if a is not None]
+    if () in shapes or len({shape[0] for shape in shapes}) != 1:
+        raise ValueError(f"The shapes of x, y, sample_weight are {shapes}: the first axis must count the same samples.")
+    size = shapes[0][0]
     while size:
         order = rng.permutation(size)
-        for start in range(0, size - batch_size + 1, batch_size):
+        for start in range(0, max(size - batch_size, 0) + 1, batch_size):
             chosen = order[start : start + batch_size]
             yield keras.tree.map_structure(lambda a, chosen=chosen: None if a is None else a[chosen], arrays)
 
@@ -1031,82 +941,47 @@ def _as_batch(batch):
     return keras.tree.map_structure(lambda a: a if a is None or ops.is_tensor(a) else np.asarray(a), batch)
 
 
-def _build(model, x):
-    """Builds an unbuilt model as `fit` does, from a batch of symbols: no state is moved."""
+def _build(model, batch):
+    """Builds what is not built, as `fit` does, from a batch of symbols: no state is moved. Checks that it can train."""
+    if batch is None:
+        raise ValueError("The data has not a single batch: there is nothing to train on.")
+    if batch[1] is None and model.loss is not None and type(model).compute_loss is keras.Model.compute_loss:
+        raise ValueError("The loss of the model needs labels: give x and y (and sample_weight=), or batches (x, y).")
     if not (model.built and all(layer.built for layer in model.layers)):
-        dtype_of = keras.backend.standardize_dtype
-        model(keras.tree.map_structure(lambda a: keras.KerasTensor(tuple(a.shape), dtype_of(a.dtype)), x))
+        kind = keras.backend.standardize_dtype
+        model(keras.tree.map_structure(lambda a: keras.KerasTensor(tuple(a.shape), kind(a.dtype)), batch[0]))
     if not model.trainable_variables:
         raise ValueError(f"model {model.name!r} has no trainable variables: nothing would change in a range test.")
 
 
-def _validation(model, data, batch_size):
-    """A function that gives the validation loss, or None."""
-    if data is None:
-        return None
-    holds_arrays = isinstance(data, (tuple, list))
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data) if holds_arrays else (data, None, None)
-    options = {"sample_weight": sample_weight, "batch_size": batch_size if holds_arrays else None}
-    return lambda: model.evaluate(x, y, **options, verbose=0, return_dict=True)["loss"]
+def _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing, momentum, validation_data):
+    def require(right, complaint):
+        if not right:
+            raise ValueError(complaint)
 
+    def within(value, kind, low, high):
+        return isinstance(value, kind) and low <= value < high
 
-def _checked_sweep(lr_bounds, num_steps, sweep):
-    if sweep not in SWEEPS:
-        raise ValueError(f"sweep={sweep!r}: it can be {' or '.join(map(repr, SWEEPS))}.")
-    if not (isinstance(num_steps, numbers.Integral) and not isinstance(num_steps, bool) and 10 <= num_steps < 2**24):
-        raise ValueError(
-            f"num_steps={num_steps!r}: give a whole number of updates, at least 10; some hundreds tell most."
-        )
-    try:
-        low, high = (float(b) for b in lr_bounds)
-        if not (0 <= low < high < math.inf) or (low == 0 and sweep == "exponential"):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"lr_bounds={lr_bounds!r}: give the first and the last learning rate as two finite numbers with "
-            f"0 {'<' if sweep == 'exponential' else '<='} low < high, for example (1e-5, 10.0)."
-        ) from None
-    return low, high
-
-
-def _check_options(batch_size, stop_factor, smoothing, validation_data):
-    if not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
-        raise ValueError(f"batch_size={batch_size!r}: give a whole number of at least 1.")
-    if not (isinstance(stop_factor, numbers.Real) and stop_factor > 1):
-        raise ValueError(
-            f"stop_factor={stop_factor!r}: give a number above 1, for example 4, or math.inf for no limit."
-        )
-    smooth([], smoothing)  # its check
-    if hasattr(validation_data, "__next__"):
-        raise TypeError(
-            "validation_data is a generator, which can be read once only: give (x, y), a tf.data or a PyDataset."
-        )
-
-
-def _check_model(model):
     if not isinstance(model, keras.Model):
         raise TypeError(f"model={model!r}: give a compiled keras.Model.")
-    if not model.compiled or model.optimizer is None:
-        raise ValueError(f"model {model.name!r} is not compiled: call model.compile(optimizer, loss) first.")
-    if type(model).train_step is not keras.Model.train_step:
-        raise ValueError(
-            f"{type(model).__name__} has a train_step of its own, which may use more than the compiled optimizer. Put "
-            " its loss into compile() or compute_loss(), or try learning rates in your own loop."
-        )
-    if getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1) > 1:
-        raise ValueError(
-            "The model is under a tf.distribute strategy: run the test on a copy built outside of its scope."
-        )
-
-
-def _check_batch(model, batch):
-    if batch is None:
-        raise ValueError("The data has not a single batch: there is nothing to train on.")
-    if batch[1] is None and model.loss is not None and type(model).compute_loss is keras.Model.compute_loss:
-        raise ValueError(
-            f"There are no labels for the loss {model.loss!r}: give x and y (and sample_weight) as arrays, or batches "
-            "(x, y) or (x, y, sample_weight)."
-        )
+    require(model.compiled and model.optimizer, "The model is not compiled: call model.compile(optimizer, loss) first.")
+    common = type(model).train_step is keras.Model.train_step
+    require(
+        common, "The model has its own train_step, which may use more than the compiled optimizer: use compute_loss."
+    )
+    replicas = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
+    require(
+        replicas == 1, "The model is under a tf.distribute strategy: test a copy that is built outside of its scope."
+    )
+    require(sweep in ("exponential", "linear"), f"{sweep=}: it can be 'exponential' or 'linear'.")
+    require(within(num_steps, numbers.Integral, 10, 2**24), f"{num_steps=}: give a whole number of at least 10.")
+    require(within(batch_size, numbers.Integral, 1, math.inf), f"{batch_size=}: give a whole number of at least 1.")
+    require(isinstance(stop_factor, numbers.Real) and stop_factor > 1, f"{stop_factor=}: give a number above 1.")
+    require(momentum is None or within(momentum, numbers.Real, 0, 1), f"{momentum=}: give a number in [0, 1).")
+    require(
+        not hasattr(validation_data, "__next__"), "validation_data can be read once only: give (x, y) or a data set."
+    )
+    smooth([], smoothing)  # its check
 
 
 # ---------------------------------------------------------------------------------------------------------

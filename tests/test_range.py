@@ -142,8 +142,10 @@ def endings(monkeypatch):
             lr_range_test(model, breaking(KeyboardInterrupt()), **QUICK)
 
     def interrupt_in_training(model):
-        def interrupted(*args):
-            raise KeyboardInterrupt
+        def interrupted(loss, *args, **kwargs):
+            if len(loss) == 5:
+                raise KeyboardInterrupt
+            return math.inf
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(clr_utils, "_limit", interrupted)
@@ -218,8 +220,7 @@ def test_a_model_not_yet_built_trains_the_same(monkeypatch):
         model.compile(CLR((0.01, 0.1), 5, 0.9), loss_function())
         if test:
             lr_range_test(model, X, Y, **QUICK)
-        # On JAX, `fit` draws one order more from NumPy for building, so none is drawn here.
-        return model.fit(X, Y, batch_size=16, verbose=0, shuffle=False).history["loss"] + bits(model.variables)
+        return model.fit(X, Y, batch_size=16, verbose=0).history["loss"] + bits(model.variables)
 
     assert_same(trained(False), trained(True))
 
@@ -481,16 +482,19 @@ def test_sample_and_class_weights_are_those_of_fit():
     model, weights = small(), np.linspace(0, 2, len(X)).astype("float32")
     by_class = {0: 1.0, 1: 0.5, 2: 3.0}
     options = dict(num_steps=10, lr_bounds=(1e-9, 1e-8), batch_size=len(X))
-    for given in dict(sample_weight=weights), dict(class_weight=by_class):
-        expected = weights if "sample_weight" in given else np.array([by_class[int(y)] for y in Y])
+    for weighting in dict(sample_weight=weights), dict(class_weight=by_class):
+        expected = weights if "sample_weight" in weighting else np.array([by_class[int(y)] for y in Y])
         losses = keras.losses.sparse_categorical_crossentropy(Y, model(X), from_logits=True)
         expected = np.mean(ops.convert_to_numpy(losses) * expected)
-        np.testing.assert_allclose(lr_range_test(model, X, Y, **given, **options).loss, expected, rtol=1e-4)
-        if "class_weight" in given:
-            batches = lr_range_test(model, [(X, Y)], **given, **options)
+        np.testing.assert_allclose(lr_range_test(model, X, Y, **weighting, **options).loss, expected, rtol=1e-4)
+        if "class_weight" in weighting:
+            batches = lr_range_test(model, [(X, Y)], **weighting, **options)
             np.testing.assert_allclose(batches.loss, expected, rtol=1e-4)
 
 
+@pytest.mark.skipif(
+    BACKEND == "torch", reason="`fit` cannot train it on torch: autograd refuses the state's assignment"
+)
 def test_a_recurrent_network_whose_state_is_of_one_batch_size():
     model = keras.Sequential(
         [keras.Input(batch_shape=(32, 6, 3)), keras.layers.LSTM(4, stateful=True), keras.layers.Dense(3)]
@@ -565,7 +569,7 @@ def test_every_way_to_compile(way):
 
 
 def sweep_optimizer(optimizer, momentum=None):
-    return clr_utils._sweep_optimizer(optimizer, clr_utils.CyclicalLR((1e-3, 1.0), 10, clr_utils._linear), momentum)
+    return clr_utils._sweep_optimizer(optimizer, clr_utils.CyclicalLR((1e-3, 1.0), 10), momentum)
 
 
 def test_the_sweep_optimizer_has_the_settings_of_the_models():
@@ -604,7 +608,7 @@ def test_an_optimizer_is_swept_as_it_is():
 @pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="came with Keras 3.15")
 def test_several_optimizers_in_one_are_refused():
     several = keras.optimizers.MultiOptimizer(lambda variable: keras.optimizers.SGD(0.1))
-    with pytest.raises(ValueError, match="MultiOptimizer has several optimizers .*freeze"):
+    with pytest.raises(ValueError, match="MultiOptimizer has several learning rates"):
         lr_range_test(compiled(several), X, Y, **QUICK)
 
 
@@ -669,7 +673,7 @@ def test_the_stop_depends_neither_on_the_origin_nor_on_the_unit_of_the_loss(seed
     def end(loss):
         smoothed = clr_utils.smooth(loss, 0.8)
         return next(
-            n for n in range(150) if smoothed[n] > clr_utils._limit(loss[: n + 1], smoothed[: n + 1], 150, 0.8, 4)
+            n for n in range(150) if smoothed[n] > clr_utils._limit(loss[: n + 1], smoothed[: n + 1], 150, 4.0, 0.8)
         )
 
     assert end(loss) == end(scale * loss + constant) > 90
@@ -781,12 +785,12 @@ def test_still_falling_at_the_end_is_said():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(lr_bounds=(1.0, 0.1)), "lr_bounds=.*low < high"),
-        (dict(lr_bounds=(0.0, 0.1)), "lr_bounds=.*0 < low"),
-        (dict(lr_bounds=(-1, 0.1), sweep="linear"), "lr_bounds=.*0 <= low"),
-        (dict(lr_bounds=(0.1, math.inf)), "lr_bounds="),
-        (dict(lr_bounds=(math.nan, 0.1)), "lr_bounds="),
-        (dict(lr_bounds=0.1), "lr_bounds=0.1"),
+        (dict(lr_bounds=(1.0, 0.1)), "bounds=.*low <= high"),
+        (dict(lr_bounds=(0.0, 0.1)), "lr_bounds=.*both above 0"),
+        (dict(lr_bounds=(-1, 0.1), sweep="linear"), "bounds=.*0 <= low"),
+        (dict(lr_bounds=(0.1, math.inf)), "bounds="),
+        (dict(lr_bounds=(math.nan, 0.1)), "bounds="),
+        (dict(lr_bounds=0.1), "bounds=0.1"),
         (dict(num_steps=9), "num_steps=9"),
         (dict(num_steps=20.5), "num_steps=20.5"),
         (dict(sweep="cubic"), "sweep='cubic'"),
@@ -798,8 +802,8 @@ def test_still_falling_at_the_end_is_said():
         (dict(x=iter([]), y=None), "not a single batch"),
         (dict(y=Y[:5]), "samples"),
         (dict(x=iter([])), "leave out y"),
-        (dict(x=iter([]), y=None, sample_weight=Y), "leave out sample_weight"),
-        (dict(x=(X, Y, Y), y=None), "no labels for the loss"),
+        (dict(x=iter([]), y=None, sample_weight=Y), "leave out y and sample_weight"),
+        (dict(x=(X, Y, Y), y=None), "needs labels"),
         (dict(sample_weight=X[:, 0], class_weight={0: 2.0}), "cannot be specified at the same time"),
         (dict(x=5, y=None), "give arrays"),
         (dict(validation_data=iter([])), "read once"),
@@ -827,7 +831,7 @@ def test_bad_models():
 
     model = Own()
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="train_step of its own"):
+    with pytest.raises(ValueError, match="its own train_step"):
         lr_range_test(model, X, Y)
     frozen = compiled()
     frozen.trainable = False
