@@ -5,6 +5,7 @@
     Optimizer    CLR: SGD whose learning rate and momentum cycle inside the training graph
                  CyclicalLR: the same learning rates for Adam, AdamW and every other Keras optimizer
                  current_values: the learning rate and momentum of the coming update
+    BatchNorm    settle_batch_norm: its running statistics estimated anew, at the weights of the moment
     Range test   lr_range_test: the learning rates that a model tolerates, found without leaving a trace in it
     Plots        plot_schedule, plot_training, plot_range_test
 
@@ -16,6 +17,7 @@ It needs numpy and Keras, and for the pictures matplotlib and seaborn. Importing
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -23,7 +25,6 @@ import math
 import numbers
 import random
 import sys
-import threading
 import warnings
 from typing import NamedTuple
 
@@ -631,15 +632,9 @@ def settle_batch_norm(model, x, batch_size=128):
 # ---------------------------------------------------------------------------------------------------------
 # LR range test
 #
-# The model's own optimizer, train_function, history and metrics are never used: a second keras.Model around
-# the same layers does the sweep with an optimizer of its own. What it moves all the same (variables, random
-# states) is put back, whatever ended the sweep.
+# The sweep is `train_on_batch` in a loop, on the model itself, compiled with a second optimizer meanwhile. That leaves
+# behind attributes of the model, values of variables, and random states: two context managers put them back.
 # ---------------------------------------------------------------------------------------------------------
-
-# The rule of RangeTest.bounds, to change in one place (see its docstring).
-HIGH_OF_BREAK = 1 / 8
-LOW_OF_HIGH = 1 / 10
-UPDATES_PER_LOOK = 16  # between two looks at the recorded losses: what runs on after a stop is cut off
 
 
 def lr_range_test(
@@ -654,195 +649,231 @@ def lr_range_test(
     stop_factor=4.0,
     smoothing=0.95,
     momentum=None,
+    sample_weight=None,
+    class_weight=None,
     validation_data=None,
     seed=0,
 ):
     """Trains `model` for a few hundred updates with a rising learning rate, records the loss, and undoes it all.
 
-    model: a compiled keras.Model with its loss and optimizer. It is trained as it stands, mid-training too, with
-        a second optimizer of the same kind and settings, whose slots start at zero (no momentum from before).
-        jit_compile, run_eagerly, gradient accumulation (num_steps then counts batches) and loss scaling as compiled.
-        A model that was never built is built, and stays so (on JAX, `fit` then shuffles in another order).
-    x, y: arrays (or lists, tuples, dicts of arrays) of equal length, in an order drawn from `seed` and without the
-        last incomplete batch; or, with y=None, a tf.data.Dataset, a keras PyDataset, a generator or another
-        iterable of batches (x, y) or (x, y, sample_weight). What ends early is read again, except a generator,
-        which cannot be and ends the test. An endless one is cut. A few batches more than the test needs are drawn.
-    lr_bounds: first and last learning rate, low < high.
-    num_steps: updates from one to the other, at least 10. The shorter, the higher the answer: with momentum the
-        velocity still carries the smaller steps of before (at 0.9, 600 steps over six decades read 1.2 times
-        too high, 100 steps 2.2 times).
-    sweep: "exponential" (equal factors) or "linear" (equal differences, for a closer look; low may be 0).
-    stop_factor: stops when the smoothed loss passes this multiple of its lowest value, from the tenth update on
-        (math.inf: never). A loss that is not finite always ends the test.
-    smoothing: share of the past in the smoothed loss (see `smooth`).
-    momentum: overrides the optimizer's. By default SGD keeps its own, and CLR uses momentum_bounds[1], constant:
-        the momentum it will have at the high learning rate, which is what the test is to find.
-    validation_data: (x, y) or a data set that can be read repeatedly. Its loss is taken up to 20 times during
-        the sweep, at least 16 updates apart; each costs an evaluation.
-
-    Returns a RangeTest. Afterwards everything is as before, whatever ended the test, an exception or Ctrl-C
-    included: weights, BatchNorm, dropout seeds, optimizer, metrics, compiled functions, history, and the random
-    states of Python, NumPy, Keras and the backend. A `fit` after it gives the same bits as one without it. What
-    cannot be undone is in the data: a generator is used up, and a tf.data shuffle counts its passes in the
-    dataset object itself (build a second one for the test if the order afterwards must not change).
-
-    Memory: one copy of the model's variables, and the slots of the second optimizer.
-    Raises ValueError or TypeError for arguments outside these limits; errors in the data come through as they are.
+    Afterwards everything is as before, whatever ended the test, an exception or Ctrl-C included: weights, BatchNorm,
+    dropout seeds, optimizer, metrics, compiled functions, history, and the random states of Python, NumPy, Keras and
+    the backend. A `fit` after it gives the same bits as one without it. (What was not built is built, and stays so.)
+    Only the data cannot be put back: a generator goes on where the test left it, and a tf.data shuffle counts its
+    passes in the dataset object (build a second one for the test, if the order afterwards must not change).
     Source: Smith 2017, arXiv:1506.01186, section 3.3; Smith 2018, arXiv:1803.09820, section 4.1.
+
+    Args:
+        model: a compiled keras.Model. It is trained as it stands and was compiled, mid-training too, but by a second
+            optimizer that does the same, with slots that start at zero (no momentum from before).
+        x, y: arrays (or lists, tuples, dicts of arrays) of equal length, read in an order drawn from `seed`, without
+            incomplete batches; or, with y=None, a tf.data.Dataset, a keras PyDataset (its `workers` are not used), a
+            list, a generator or another iterable of batches (x, y) or (x, y, sample_weight). What ends early is read
+            again; a generator, which cannot be, ends the test.
+        lr_bounds: first and last learning rate, low < high.
+        num_steps: updates from one to the other, at least 10 (batches, with gradient accumulation). The velocity is
+            late: with momentum 0.9, over six decades, 600 updates read 1.2 times too high, 100 updates 2.2 times.
+        sweep: "exponential" (equal factors) or "linear" (equal differences, for a closer look; low may be 0).
+        batch_size: samples in a batch, where the data are arrays.
+        stop_factor: the test ends when the smoothed loss has lost stop_factor - 1 quarters of its descent (by default
+            three) in a rise beyond noise; math.inf: never. A loss that is not finite always ends it.
+        smoothing: share of the past in the smoothed loss (see `smooth`).
+        momentum: overrides the optimizer's, in [0, 1). By default CLR uses momentum_bounds[1], constant: the momentum
+            it will have at the high learning rate, which is what the test is to find. Others keep their own.
+        sample_weight, class_weight: as for `fit`.
+        validation_data: as for `fit`, but no generator. Its loss is taken up to 20 times; each costs an evaluation.
+        seed: of the order in which arrays and the batches of a PyDataset are read.
+
+    Returns:
+        A RangeTest.
+
+    Raises:
+        ValueError, TypeError: for arguments outside these limits. Errors in the data come through as they are.
     """
-    schedule = _Sweep(*_checked_sweep(lr_bounds, num_steps, sweep))
-    if not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
-        raise ValueError(f"batch_size={batch_size!r}: give a whole number of at least 1.")
-    if not (isinstance(stop_factor, numbers.Real) and stop_factor > 1):
-        raise ValueError(
-            f"stop_factor={stop_factor!r}: give a number above 1, for example 4, or math.inf for no limit."
-        )
-    smooth([], smoothing)  # its check
-    _check_model(model)
-    if hasattr(validation_data, "__next__"):
-        raise TypeError(
-            "validation_data is a generator, which can be read once only: give (x, y), a tf.data or a PyDataset."
-        )
+    _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing, momentum, validation_data)
+    schedule = CyclicalLR(lr_bounds, num_steps, functools.partial(_rising, sweep=sweep))
+    if schedule.bounds[0] == schedule.bounds[1] or (schedule.bounds[0] == 0 and sweep == "exponential"):
+        raise ValueError(f"{lr_bounds=}: give low < high, for an exponential sweep both above 0.")
     optimizer = _sweep_optimizer(model.optimizer, schedule, momentum)
-
-    random_states = _random_states()
-    metrics = [(v, _copy(v)) for m in model.metrics for v in m.variables]
-    variables, own, stream = [], {}, None
-    try:
-        stream = _Stream(x, y, int(batch_size), seed, schedule.num_steps)
-        own = _put_stand_ins_for_unbuilt(model)
-        single_output = _build_like_fit(model, stream.example)
-        if not model.trainable_variables:
-            raise ValueError(f"model {model.name!r} has no trainable variables: nothing would change in a range test.")
-        variables = [(v, _copy(v)) for v in model.variables]
-        accuracy = _accuracy_metric(model) if single_output else None
-        sweeper = _Sweeper(model, optimizer, accuracy, schedule.num_steps)
-        loss_scaled = hasattr(optimizer, "inner_optimizer")
-        watch = _Watch(schedule.num_steps, stop_factor, smoothing, validation_data, batch_size, loss_scaled, stream)
-        with stream.own_errors():
-            sweeper.fit(stream.data, steps_per_epoch=schedule.num_steps, shuffle=False, verbose=0, callbacks=[watch])
-            watch.finish(sweeper.record)
-    finally:
-        if stream is not None:
-            stream.close()
-        for variable, value in variables + metrics:
-            variable.assign(value)
-        if "_compile_metrics" in own:
-            model._compile_metrics.reset_state()  # it shares the user's metric objects with the one put back now
-        vars(model).update(own)
-        random_states()
-    return watch.result(schedule)
+    asked = {"sweep": sweep, "stop_factor": stop_factor, "smoothing": smoothing}
+    with _random_states_kept():
+        batches = _batches(x, y, sample_weight, int(batch_size), np.random.default_rng(seed))
+        first = next(batches, None)
+        _build(model, first)
+        batches = itertools.islice(itertools.chain([first], batches), num_steps)
+        with _compiled_for_a_while(model, optimizer):
+            return _sweep(model, batches, schedule, class_weight, (validation_data, batch_size), asked)
 
 
-class Suggestions(NamedTuple):
-    """Learning rates that a range test suggests, each None where it has none, and `why` in one sentence."""
+def _sweep(model, batches, schedule, class_weight, validation, asked):
+    """The RangeTest of a compiled model on these batches."""
+    smoothing, loss_scaled = asked["smoothing"], hasattr(model.optimizer, "inner_optimizer")
+    lr, loss, smoothed, accuracy, checks, mean, diverged_at = [], [], [], [], [], 0.0, None
+    for step, batch in enumerate(batches):
+        # An update that loss scaling skips does not move the rate.
+        rate = float(ops.convert_to_numpy(model.optimizer.learning_rate) if loss_scaled else schedule.at(step))
+        model.reset_metrics()  # before Keras 3.14 train_on_batch reports the mean since the last reset
+        logs = model.train_on_batch(*batch, class_weight=class_weight, return_dict=True)
+        if not math.isfinite(logs["loss"]):
+            when = f"update {step}" if step else "the very first update: look at the model and its data"
+            stopped, diverged_at = f"The loss was {logs['loss']} at {when}.", rate if step else None
+            break
+        lr.append(rate)
+        loss.append(logs["loss"])
+        accuracy.append(next((v for k, v in logs.items() if k == "acc" or k.endswith("accuracy")), math.nan))
+        mean = smoothing * mean + (1 - smoothing) * loss[-1]  # as `smooth` does
+        smoothed.append(mean / (1 - smoothing ** (step + 1)))
+        if smoothed[-1] > _limit(loss, smoothed, schedule.steps, **asked):
+            stopped, diverged_at = f"The smoothed loss rose to {smoothed[-1]:.3g} at update {step}.", rate
+            break
+        if validation[0] is not None and (step + 1) % -(-schedule.steps // 20) == 0:
+            checks.append((rate, _validation_loss(model, *validation)))
+    else:
+        short = f"The data ended after {len(loss)} batches."
+        stopped = short if len(loss) < schedule.steps else "It reached the end of the sweep."
+    lr, loss, smoothed, accuracy = (np.array(values, float) for values in (lr, loss, smoothed, accuracy))
+    checked = np.array(checks).reshape(-1, 2).T if validation[0] is not None else (None, None)
+    accuracy = None if np.isnan(accuracy).all() else accuracy
+    record = lr, loss, smoothed, accuracy, *checked, stopped, diverged_at
+    return RangeTest(*record, lr_bounds=schedule.bounds, num_steps=schedule.steps, **asked)
 
-    valley: float | None
-    steepest: float | None
-    minimum: float | None
-    why: str
+
+def _validation_loss(model, data, batch_size):
+    of_arrays = isinstance(data, (tuple, list))
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(data) if of_arrays else (data, None, None)
+    size = batch_size if of_arrays else None
+    with _random_states_kept():  # torch draws from its own, even to read in order
+        return model.evaluate(x, y, batch_size=size, verbose=0, sample_weight=weight, return_dict=True)["loss"]
 
 
+def _limit(loss, smoothed, num_steps, stop_factor, smoothing, **_):
+    """The smoothed loss beyond which a sweep counts as diverged. A constant added to the loss moves it along."""
+    first = max(num_steps // 10, 10)
+    if len(loss) <= first:
+        return math.inf
+    start, lowest = sum(loss[:first]) / first, min(smoothed[first:])
+    # The median step from one loss to the next is about their standard deviation, whatever the trend. Sixty of what
+    # smoothing leaves of it, because noise grows with the learning rate. The last term is for losses without any.
+    noise = float(np.median(np.abs(np.diff(loss[:first])))) * math.sqrt((1 - smoothing) / (1 + smoothing))
+    return lowest + (stop_factor - 1) / 4 * max(start - lowest, 60 * noise, 1e-5 * abs(start))
+
+
+Suggestions = NamedTuple("Suggestions", [("valley", float), ("steepest", float), ("minimum", float), ("why", str)])
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class RangeTest:
-    """What `lr_range_test` saw. n updates were recorded, up to the end or to what stopped it.
+    """What `lr_range_test` saw. n updates were recorded, up to the end or to what stopped it."""
 
-    lr, loss, smoothed: arrays (n,), float64: the learning rate of each update, the loss of its batch before the
-        update, and its exponential mean. accuracy: (n,) of each batch, or None where the model has no such metric.
-    validation_lr, validation_loss: arrays (up to 20,), or None.
-    stopped: why it ended, one sentence. diverged_at: the learning rate at which it did diverge, or None.
-    lr_bounds, num_steps, sweep, stop_factor: as asked for.
-    """
-
-    def __init__(self, **fields):
-        vars(self).update(fields)
+    lr: np.ndarray  # (n,): the learning rate of each update
+    loss: np.ndarray  # (n,): of its batch, before the update
+    smoothed: np.ndarray  # (n,): the exponential mean of the losses
+    accuracy: np.ndarray | None  # (n,): of its batch, by the first metric whose name ends so, if there is one
+    validation_lr: np.ndarray | None  # (up to 20,)
+    validation_loss: np.ndarray | None
+    stopped: str  # why it ended, one sentence
+    diverged_at: float | None  # the learning rate at which it did, if it did
+    lr_bounds: tuple  # this and the rest: as asked for
+    num_steps: int
+    sweep: str
+    stop_factor: float
+    smoothing: float
 
     def suggest(self):
-        """Suggestions(valley, steepest, minimum, why) from the smoothed loss, or None for each and the reason.
+        """Three customary readings of the smoothed loss without its first tenth and last 5 points, as fastai's lr_find.
 
-        As in fastai's lr_find, the first tenth of the sweep and the last 5 points are left out. Then
-        valley: in the longest falling subsequence (length n), n/3 + n/6 points from its start;
-        steepest: where the loss falls fastest per step of log(lr);
-        minimum: a tenth of the rate with the lowest loss.
-        There is none without at least 10 points, or without a descent: the smoothed loss has to fall below the mean
-        of the first tenth by four times the noise that its points have after smoothing.
+        Returns:
+            Suggestions(valley, steepest, minimum, why).
+            valley: in the longest falling subsequence (length n), the rate n/3 + n/6 points from its start;
+            steepest: where the loss falls fastest per step of log(lr);
+            minimum: a tenth of the rate with the lowest loss; why: one sentence.
+
+        Raises:
+            ValueError: with the reason, where there are less than 10 points, or no descent (from the mean of the first
+                tenth, by four times the noise that points have after smoothing).
         """
-        kept, reason = self._kept()
-        if reason:
-            return Suggestions(None, None, None, reason)
+        kept, _, reason = self._read()
+        if kept is None:
+            raise ValueError(f"The range test suggests nothing. {reason}")
         lr, loss = self.lr[kept], self.smoothed[kept]
         end, length = _longest_descent(loss)
-        start = max(0, end - length)
-        slope = np.diff(loss) / np.diff(np.log(lr))
+        valley = max(0, end - length) + int(length / 3) + int(length / 6)
+        steepest = int(np.argmin(np.diff(loss) / np.diff(np.log(lr))))
         lowest = int(np.argmin(loss))
-        why = "The smoothed loss falls and rises again."
-        if lowest == len(loss) - 1:
-            why = f"The smoothed loss was still falling at the last kept rate, {lr[-1]:.3g}: try a higher lr_bounds[1]."
-        valley = start + int(length / 3) + int(length / 6)
-        return Suggestions(float(lr[valley]), float(lr[int(np.argmin(slope))]), float(lr[lowest]) / 10, why)
+        falling = f"The smoothed loss was still falling at the last kept rate, {lr[-1]:.3g}: try a higher lr_bounds[1]."
+        why = falling if lowest == len(loss) - 1 else "The smoothed loss falls and rises again."
+        return Suggestions(float(lr[valley]), float(lr[steepest]), float(lr[lowest]) / 10, why)
 
-    def bounds(self):
-        """(low, high) for CLR: high is an eighth of the rate at which the loss breaks away, low a tenth of high.
+    def bounds(self, high_of_break=1 / 8, low_of_high=1 / 10):
+        """The bounds for CLR: high is an eighth of the rate at which the loss breaks away, low a tenth of high.
 
-        The break is the last rate at which the smoothed loss is still low: it has kept three quarters of its descent,
-        which counts from the mean loss of the first tenth of the sweep to the lowest smoothed loss. A sweep passes
-        each rate in a few updates, a training stays there for hundreds, and tolerates less; notebook 02 measures how
-        much less. The lowest point itself is no guide: it lies anywhere in the flat part before the break.
-        low: Smith 2018, arXiv:1803.09820, section 4.1.
-        Raises ValueError with the reason where `suggest` has no suggestion, or where the loss did not break.
+        A sweep passes each rate in a few updates; a training stays there for hundreds, and tolerates less: notebook 02.
+        Source of low: Smith 2018, arXiv:1803.09820, section 4.1.
+
+        Args:
+            high_of_break, low_of_high: the two fractions.
+
+        Returns:
+            (low, high).
+
+        Raises:
+            ValueError: with the reason, where `suggest` has no suggestion, or where the loss did not break.
         """
-        rate, reason = self._break()
-        if reason:
+        _, break_lr, reason = self._read()
+        if break_lr is None:
             raise ValueError(f"The range test gives no bounds. {reason}")
-        return LOW_OF_HIGH * HIGH_OF_BREAK * rate, HIGH_OF_BREAK * rate
+        return low_of_high * high_of_break * break_lr, high_of_break * break_lr
+
+    @property
+    def break_lr(self):
+        """The last rate at which the smoothed loss still keeps three quarters of its descent, or None."""
+        return self._read()[1]
 
     def summary(self):
         """One line: how far it went, why it stopped, what it suggests."""
-        text = f"LR range test, {self.sweep} from {self.lr_bounds[0]:.3g} to {self.lr_bounds[1]:.3g}: "
-        text += f"{len(self.lr)} of {self.num_steps} updates. {self.stopped} "
-        suggested = self.suggest()
-        if suggested.valley is None:
-            return f"{text}No suggestion: {suggested.why}"
-        reason = self._break()[1]
-        bounds = f"no bounds: {reason}" if reason else "bounds for CLR ({:.3g}, {:.3g})".format(*self.bounds())
-        return (
-            f"{text}Lowest smoothed loss at {suggested.minimum * 10:.3g}; valley {suggested.valley:.3g}, steepest "
-            f"{suggested.steepest:.3g}, minimum/10 {suggested.minimum:.3g}; {bounds}"
-        )
+        (low, high), (kept, break_lr, reason) = self.lr_bounds, self._read()
+        text = f"LR range test, {self.sweep} from {low:.3g} to {high:.3g}: {len(self.lr)} of {self.num_steps} updates."
+        if kept is None:
+            return f"{text} {self.stopped} No suggestion: {reason}"
+        valley, steepest, minimum, _ = self.suggest()
+        marks = f"valley {valley:.3g}, steepest {steepest:.3g}, minimum/10 {minimum:.3g}"
+        bounds = "bounds for CLR ({:.3g}, {:.3g})".format(*self.bounds()) if break_lr else f"no bounds: {reason}"
+        return f"{text} {self.stopped} Lowest smoothed loss at {minimum * 10:.3g}; {marks}; {bounds}"
 
-    __str__ = __repr__ = summary
+    __str__ = summary
 
-    def _break(self):
-        """(the rate at which the loss breaks away, None) or (None, why there is none). See `bounds`."""
-        kept, reason = self._kept()
-        if reason:
-            return None, reason
-        start, lowest = self.loss[: max(kept.start, 5)].mean(), self.smoothed[kept].min()
-        still_low = np.flatnonzero(self.smoothed <= lowest + (start - lowest) / 4)[-1]
-        if still_low == len(self.smoothed) - 1 and self.diverged_at is None:
-            return None, f"The loss was still low at the end, at {self.lr[-1]:.3g}: raise lr_bounds[1] until it breaks."
-        return float(self.lr[still_low]), None
+    def __repr__(self):
+        return f"<RangeTest: {len(self.lr)} of {self.num_steps} updates, {self.sweep} over {self.lr_bounds}>"
 
-    def _kept(self):
-        """(slice of the points to judge, None) or (None, why there is nothing to judge)."""
+    def _read(self):
+        """(slice of the points to judge, or None; break_lr, or None; why one of them is missing)."""
         first = self.num_steps // 10
         kept = slice(first, max(first, len(self.lr) - 5))
         if not len(self.lr):
-            return None, self.stopped
+            return None, None, self.stopped
         if kept.stop - kept.start < 10:
-            return None, (
-                f"Too few points: {len(self.lr)} updates, and the first {first} and the last 5 do not count. "
-                f"{self.stopped} Start at a lower rate or take more steps."
-            )
-        start = self.loss[: max(first, 5)]
-        # Of independent values with standard deviation s, the exponential mean has s * sqrt((1 - b) / (1 + b)).
-        noise = start.std() * math.sqrt((1 - self.smoothing) / (1 + self.smoothing))
+            advice = "Start at a lower rate or take more steps."
+            if self.diverged_at is None and len(self.lr) < self.num_steps:
+                advice = "Give more data, data that can be read again (a generator cannot), or a smaller num_steps."
+            few = f"Too few points: {len(self.lr)} updates, and the first {first} and the last 5 do not count."
+            return None, None, f"{few} {self.stopped} {advice}"
+        start, noise = self.loss[: max(first, 5)].mean(), self.loss[: max(first, 5)].std()
+        noise *= math.sqrt((1 - self.smoothing) / (1 + self.smoothing))  # of the exponential mean of independent values
         lowest = self.smoothed[kept].min()
-        if not lowest < start.mean() - 4 * noise:
-            return None, (
-                f"No descent: the smoothed loss starts at {start.mean():.3g} and never falls clearly below it (lowest "
-                f"{lowest:.3g}). The model may have converged already, or learns at none of these rates."
+        if not lowest < start - 4 * noise:
+            none = (
+                f"No descent: the smoothed loss falls from {start:.3g} to no less than {lowest:.3g}, within its noise."
             )
-        return kept, None
+            return None, None, f"{none} The model may have converged already, or learns at none of these rates."
+        # The lowest point itself would be no guide: it lies anywhere in the flat part before the break.
+        still_low = np.flatnonzero(self.smoothed <= lowest + (start - lowest) / 4)[-1]
+        if still_low == len(self.smoothed) - 1 and self.diverged_at is None:
+            return (
+                kept,
+                None,
+                f"The loss was still low at the end, {self.lr[-1]:.3g}: raise lr_bounds[1] until it breaks.",
+            )
+        return kept, float(self.lr[still_low]), ""
 
 
 def _longest_descent(values):
@@ -854,531 +885,199 @@ def _longest_descent(values):
     return end, int(lengths[end])
 
 
-class _Sweep(keras.optimizers.schedules.LearningRateSchedule):
-    """From low to high in num_steps updates. `at` in float64 for the record, called by the optimizer in float32."""
-
-    def __init__(self, low, high, num_steps, sweep):
-        self.low, self.high, self.num_steps, self.sweep = low, high, num_steps, sweep
-
-    def __call__(self, step):
-        return self._at(ops, ops.cast(step, "float32"))
-
-    def at(self, step):
-        return self._at(np, np.asarray(step, float))
-
-    def _at(self, xp, step):
-        share = xp.minimum(step / (self.num_steps - 1), 1.0)
-        if self.sweep == "linear":
-            return self.low + (self.high - self.low) * share
-        return self.low * xp.exp(share * math.log(self.high / self.low))
-
-
-class _Record(keras.metrics.Metric):
-    """Loss and accuracy of every update, kept in the graph: callbacks see one update in many.
-
-    values: (3, num_steps) with the rows loss, accuracy and 1.0 where an update was recorded.
-    """
-
-    def __init__(self, num_steps):
-        super().__init__(name="record", dtype="float32")
-        self.num_steps = num_steps
-        self.count = self.add_variable((), "zeros", dtype="int32", name="count")
-        self.values = self.add_variable((3, num_steps), "zeros", dtype="float32", name="values")
-
-    def update_state(self, loss, accuracy):
-        new = ops.stop_gradient(ops.stack([ops.cast(v, "float32") for v in (loss, accuracy, 1.0)]))
-        here = ops.equal(ops.arange(self.num_steps, dtype="int32"), ops.convert_to_tensor(self.count))
-        self.values.assign(ops.where(here, ops.expand_dims(new, 1), ops.convert_to_tensor(self.values)))
-        self.count.assign(self.count + 1)
-
-    def clear(self):
-        self.count.assign(0)
-        self.values.assign(np.zeros((3, self.num_steps), "float32"))
-
-    def reset_state(self):
-        """Keeps everything: evaluate() resets all metrics, and the validation loss is taken in mid-sweep."""
-
-    def result(self):
-        return ops.convert_to_tensor(self.values)
-
-
-class _Sweeper(keras.Model):
-    """Trains the layers of a model with its own loss, and leaves alone all that belongs to the model's own `fit`."""
-
-    def __init__(self, model, optimizer, accuracy, num_steps):
-        # No casts of its own: the model does them. Names are given, because Keras numbers those that are not.
-        super().__init__(name="lr_range_test", autocast=False)
-        self.inner = model
-        self.record = _Record(num_steps)
-        self.accuracy = accuracy
-        self.model_takes_training = "training" in inspect.signature(model.call).parameters
-        self.loss_takes_training = "training" in inspect.signature(model.compute_loss).parameters
-        # Many updates per call take Python out of the loop. Not where Keras has to see each one: loss scaling may
-        # skip an update, and the record then has to know at which learning rate.
-        one_by_one = (
-            keras.backend.backend() != "tensorflow" or model.run_eagerly or hasattr(optimizer, "inner_optimizer")
-        )
-        self.compile(
-            optimizer,
-            jit_compile=model.jit_compile,
-            run_eagerly=model.run_eagerly,
-            steps_per_execution=1
-            if one_by_one
-            else min(max(UPDATES_PER_LOOK, model.steps_per_execution or 1), num_steps),
-            auto_scale_loss=False,
-        )
-        self.built = True
-
-    def call(self, x, training=None):
-        # Not left to Keras, which hands it on to inner layers by itself, but not on JAX.
-        return self.inner(x, training=training) if self.model_takes_training else self.inner(x)
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        # On JAX the losses of the layers (regularisers, add_loss) come from the forward pass through this list.
-        if self._losses_override:
-            self.inner._losses_override = list(self._losses_override)
-        try:
-            loss = self.inner.compute_loss(
-                x=x,
-                y=y,
-                y_pred=y_pred,
-                sample_weight=sample_weight,
-                **({"training": training} if self.loss_takes_training else {}),
-            )
-        finally:
-            if self._losses_override:
-                self.inner._losses_override.clear()
-        if training:
-            accuracy = math.nan
-            if self.accuracy is not None:
-                self.accuracy.reset_state()
-                self.accuracy.update_state(y, y_pred)
-                accuracy = self.accuracy.result()
-            self.record.update_state(loss, accuracy)
-        return loss
-
-
-class _Watch(keras.callbacks.Callback):
-    """Looks at the record after each execution: says when to stop and why, and takes the validation loss."""
-
-    def __init__(self, num_steps, stop_factor, smoothing, validation_data, batch_size, loss_scaled, stream):
-        super().__init__()
-        self.stream = stream
-        self.loss_scaled = loss_scaled
-        self.num_steps, self.stop_factor, self.smoothing = num_steps, stop_factor, smoothing
-        self.validation_data, self.batch_size = validation_data, batch_size
-        self.since_look = 0
-        self.iterations = []  # of the optimizer at each update, where updates may be skipped
-        self.validation = []  # (update, loss)
-        self.seen, self.mean, self.smoothed, self.best = 0, 0.0, [], math.inf
-        self.end = self.stopped = self.values = self.diverged = None  # diverged: the update where it did
-
-    def on_train_begin(self, logs=None):
-        self.per_call = self.model.steps_per_execution
-
-    def on_train_batch_begin(self, batch, logs=None):
-        if self.loss_scaled:  # asked first, because `self.model` is slow on JAX
-            self.iterations.append(int(ops.convert_to_numpy(self.model.optimizer.inner_optimizer._iterations)))
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.since_look += self.per_call  # `batch` counts differently from one Keras version to the next
-        if self.since_look < UPDATES_PER_LOOK:  # to look is to wait for the computation
-            return
-        self.since_look = 0
-        self._look(logs["record"])
-        every = max(1, self.num_steps // 20)
-        if self.validation_data is not None and self.end is None and self.seen // every > len(self.validation):
-            data = self.validation_data
-            x, y = data[:2] if isinstance(data, (tuple, list)) else (data, None)
-            weight = data[2] if isinstance(data, (tuple, list)) and len(data) > 2 else None
-            logs = self.model.evaluate(
-                x,
-                y,
-                batch_size=None if y is None else self.batch_size,
-                sample_weight=weight,
-                verbose=0,
-                return_dict=True,
-            )
-            self.validation.append((self.seen, float(logs["loss"])))
-        if self.end is not None:
-            self.model.stop_training = True
-
-    def finish(self, record):
-        """After the sweep: the updates since the last look."""
-        self._look(record.values)
-        if self.end is None:
-            self.end, self.stopped = self.seen, "It reached the end of the sweep."
-
-    def _look(self, values):
-        if self.end is not None:
-            return
-        self.values = np.array(ops.convert_to_numpy(ops.convert_to_tensor(values)), float)
-        count = min(int(self.values[2].sum()), self.stream.length)
-        for i in range(self.seen, count):
-            loss = self.values[0, i]
-            if not np.isfinite(loss):
-                self.end, self.diverged = i, i or None
-                self.stopped = f"The loss was {loss} at update {i}."
-                if i == 0:
-                    self.stopped = f"The loss was {loss} at the very first update: look at the model and its data."
-                return
-            self.mean = self.smoothing * self.mean + (1 - self.smoothing) * loss
-            self.smoothed.append(self.mean / (1 - self.smoothing ** (i + 1)))
-            if i >= 10:  # one lucky first batch must not count as the best
-                self.best = min(self.best, self.smoothed[-1])
-                # The same as stop_factor * best for positive losses, and meaningful for others.
-                if self.smoothed[-1] > self.best + (self.stop_factor - 1) * abs(self.best):
-                    self.end, self.diverged = i + 1, i
-                    self.stopped = (
-                        f"The smoothed loss passed {self.stop_factor:g} times its lowest value at update {i}."
-                    )
-                    return
-        self.seen = count
-        if count == self.stream.length < self.num_steps:
-            self.end, self.stopped = count, f"The data ended after {count} batches."
-
-    def result(self, schedule):
-        rates = schedule.at(self.iterations if self.iterations else np.arange(schedule.num_steps))
-        accuracy = self.values[1, : self.end]
-        checked = np.array([(rates[n - 1], loss) for n, loss in self.validation if n <= self.end]).reshape(-1, 2)
-        return RangeTest(
-            lr=rates[: self.end],
-            loss=self.values[0, : self.end],
-            smoothed=np.array(self.smoothed),
-            accuracy=None if np.isnan(accuracy).all() else accuracy,
-            validation_lr=None if self.validation_data is None else checked[:, 0],
-            validation_loss=None if self.validation_data is None else checked[:, 1],
-            stopped=self.stopped,
-            diverged_at=None if self.diverged is None else float(rates[self.diverged]),
-            lr_bounds=(schedule.low, schedule.high),
-            num_steps=schedule.num_steps,
-            sweep=schedule.sweep,
-            smoothing=self.smoothing,
-            stop_factor=self.stop_factor,
-        )
-
-
-class _Stream:
-    """Batches from any kind of data without an end, and one example. `data` goes to `fit`.
-
-    length: how many of them are real, infinite while that is not known. After those the last is repeated: data that
-    ends in mid-training is where Keras warns, and where on JAX it may lose the state.
-    What is read in Python is read under a lock: TensorFlow does so in a thread of its own, ahead of the training,
-    and must not draw from random states any more once they have been put back. It also turns every exception
-    into one of its own; the original is kept and raised by `own_errors`.
-    """
-
-    def __init__(self, x, y, batch_size, seed, num_steps):
-        self.error, self.closed, self.lock, self.length = None, False, threading.Lock(), math.inf
-        if _is_tf_dataset(x) and keras.backend.backend() == "tensorflow":
-            _check_no_labels(x, y)
-            self.data = x.repeat()
-            self.example = _zeros_like_spec(x.element_spec)
-            if self.example is None:
-                self.example = next(iter(x.take(1)), None)
-            if self.example is None or x.cardinality().numpy() == 0:
-                raise ValueError("x is a tf.data.Dataset without a single batch: there is nothing to train on.")
-            self.example = _as_batch(self.example)
-            return
-        batches = itertools.islice(_batches_of(x, y, batch_size, np.random.default_rng(seed)), num_steps)
-        first = next(batches, None)
-        if first is None:
-            raise ValueError(f"x={type(x).__name__} gives not a single batch: there is nothing to train on.")
-        self.example = keras.tree.map_structure(lambda a: None if a is None else a[:1], first)
-        self.data = data = self._guarded(itertools.chain([first], batches))
-        if _holds_arrays(x) and keras.backend.backend() == "tensorflow":  # Keras would do the same, but for autotune
-            import tensorflow as tf
-
-            spec = keras.tree.map_structure(lambda a: tf.TensorSpec((None, *a.shape[1:]), a.dtype), first)
-            pipeline = tf.data.Dataset.from_generator(lambda: data, output_signature=spec).prefetch(8)
-            self.data = _without_autotune(pipeline)
-
-    def _guarded(self, batches):
-        batch, drawn = None, 0
-        while True:
-            with self.lock:
-                if self.closed:
-                    return
-                try:
-                    new = None if self.length < math.inf else next(batches, None)
-                except BaseException as error:
-                    self.error = error
-                    raise
-                if new is not None:
-                    batch, drawn = new, drawn + 1
-                else:
-                    self.length = drawn
-            yield batch
-
-    @contextlib.contextmanager
-    def own_errors(self):
-        try:
-            yield
-        except BaseException:
-            if self.error is not None:
-                raise self.error from None
-            raise
-
-    def close(self):
-        with self.lock:
-            self.closed = True
-
-
-def _batches_of(x, y, batch_size, rng):
-    """Batches (x, y[, sample_weight]) of any kind of data, read again and again where that is possible."""
-    if isinstance(x, keras.utils.PyDataset):
-        _check_no_labels(x, y)
-        # on_epoch_end is not called: it is where data sets shuffle themselves, and `fit` would notice.
-        while True:
-            batches = x.num_batches
-            if batches == 0:
-                return
-            for i in itertools.count() if batches is None else rng.permutation(batches):
-                yield _as_batch(x[int(i)])
-    if not _holds_arrays(x):
-        _check_no_labels(x, y)
-        if not hasattr(x, "__iter__"):
-            raise TypeError(
-                f"x={type(x).__name__}: give arrays, a tf.data.Dataset, a PyDataset, or an iterable of batches."
-            )
-        empty = False
-        while not empty:
-            empty = True  # also a generator the second time: it cannot be read again
-            for batch in x:
-                empty = False
-                yield _as_batch(keras.tree.map_structure(lambda t: t.numpy(), batch) if _is_tf_dataset(x) else batch)
-        return
-    arrays = keras.tree.map_structure(_as_array, _as_batch((x,) if y is None else (x, y)))
-    lengths = {len(a) for a in keras.tree.flatten(arrays)}
-    if len(lengths) != 1:
-        raise ValueError(f"x and y hold {sorted(lengths)} samples: all arrays must be of one length.")
-    (size,) = lengths
-    if size == 0:
-        return
-    batch_size = min(batch_size, size)
-    while True:
-        order = rng.permutation(size)
-        for start in range(0, size - batch_size + 1, batch_size):
-            chosen = order[start : start + batch_size]
-            yield keras.tree.map_structure(lambda a, chosen=chosen: _as_floatx(a[chosen]), arrays)
-
-
-def _as_array(a):
-    a = ops.convert_to_numpy(a) if ops.is_tensor(a) or isinstance(a, keras.Variable) else np.asarray(a)
-    if a.ndim == 0:
-        raise ValueError(f"x or y holds {a!r}, which has no samples: give arrays whose first axis counts them.")
-    return a
-
-
-def _as_floatx(a):
-    return a.astype(keras.config.floatx()) if a.dtype.kind == "f" else a  # as `fit` does
-
-
-def _as_batch(batch):
-    # TensorFlow takes a list for one tensor, so tuples, as in `fit`.
-    batch = keras.tree.lists_to_tuples(batch)
-    return batch if isinstance(batch, tuple) else (batch,)
-
-
-def _holds_arrays(x):
-    return not _is_tf_dataset(x) and (hasattr(x, "__array__") or isinstance(x, (list, tuple, dict)))
-
-
-def _is_tf_dataset(x):
-    return any(c.__module__.startswith("tensorflow.") and c.__name__ == "DatasetV2" for c in type(x).__mro__)
-
-
-def _without_autotune(dataset):
-    """The tf.data pipeline without the thread that tunes it, for which the end of an iteration may wait.
-
-    That thread sleeps twice as long each time, and not every system wakes it early: a fit of 11 seconds then takes 20.
-    """
-    import tensorflow as tf
-
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return dataset.with_options(options)
-
-
-def _zeros_like_spec(spec):
-    """A batch of zeros of one sample like those of a tf.data.Dataset, or None if its shapes are not known."""
-    leaves = keras.tree.flatten(spec)
-    if not all(
-        getattr(s, "shape", None) is not None and s.shape.rank and s.shape[1:].is_fully_defined() for s in leaves
-    ):
-        return None
-    return keras.tree.map_structure(lambda s: np.zeros([1, *s.shape[1:]], s.dtype.as_numpy_dtype), spec)
-
-
-def _put_stand_ins_for_unbuilt(model):
-    """Puts copies in place of the compiled loss and metrics not yet built; returns those to put back, by attribute.
-
-    `fit` builds them, from a batch that on JAX it draws for nothing else: were they built before, the order of all
-    later batches would change.
-    """
-    own = {}
-    for name, settings in (
-        ("_compile_loss", ("loss", "loss_weights")),
-        ("_compile_metrics", ("metrics", "weighted_metrics")),
-    ):
-        held = getattr(model, name)
-        if held is not None and not held.built:
-            own[name] = held
-            vars(model)[name] = type(held)(
-                *(getattr(held, f"_user_{s}") for s in settings), output_names=held.output_names
-            )
-    return own
-
-
-def _build_like_fit(model, example):
-    """Builds what the first batch of `fit` would build: layers, compiled loss and metrics (not the optimizer).
-
-    Returns whether the model has one output.
-    """
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(example)
-    x, y = keras.tree.map_structure(lambda a: None if a is None else ops.convert_to_tensor(a), (x, y))
-    y_pred = model(x, training=False) if "training" in inspect.signature(model.call).parameters else model(x)
-    model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
-    model.compute_metrics(x, y, y_pred, sample_weight)
-    return not keras.tree.is_nested(y_pred)
-
-
-def _accuracy_metric(model):
-    """The accuracy among the compiled metrics of a model, or None."""
-    compiled = [m for metric in model.metrics for m in getattr(metric, "metrics", [metric])]
-    found = [m for m in compiled if m.name == "acc" or m.name.endswith("accuracy")]
-    return found[0] if found else None
+def _rising(iteration, bounds, steps, sweep):
+    """A step function for one rise from bounds[0] to bounds[1] in `steps` updates."""
+    xp, iteration = _numbers_of(iteration)
+    share, (low, high) = xp.minimum(_to_float(xp, iteration) / (steps - 1), 1.0), bounds
+    if sweep == "linear" or low == 0:  # as the height on which CLR's momentum depends, which is constant here
+        return low + (high - low) * share
+    return low * xp.exp(share * math.log(high / low))
 
 
 def _sweep_optimizer(optimizer, schedule, momentum):
-    """A new optimizer of the same kind and settings that takes its learning rate from the schedule."""
-    inner = getattr(optimizer, "inner_optimizer", None)
-    if inner is not None:
+    """A second optimizer that does what the first one does, at the rates of the schedule and with new slots.
+
+    The config does not say all: exclude_from_weight_decay, what a subclass keeps to itself. So the base class is
+    initialised anew, and what has been set besides is carried over, except variables, which `build` makes.
+    """
+    kind, base = type(optimizer), keras.optimizers.Optimizer
+    if hasattr(optimizer, "optimizers"):  # MultiOptimizer
+        raise ValueError(f"{kind.__name__} has several learning rates: compile with one optimizer for the test.")
+    if hasattr(optimizer, "inner_optimizer"):  # LossScaleOptimizer
         scale = float(ops.convert_to_numpy(optimizer.dynamic_scale)) if optimizer.built else optimizer.initial_scale
-        return type(optimizer)(
-            _sweep_optimizer(inner, schedule, momentum),
-            initial_scale=scale,
-            dynamic_growth_steps=optimizer.dynamic_growth_steps,
-            name=optimizer.name,
-        )
-    make = type(optimizer)
-    held = optimizer._learning_rate
-    if not isinstance(held, keras.Variable):
-        # A schedule without get_config, or a function, could not be described; it is not needed here.
-        vars(optimizer)["_learning_rate"] = 0.0
+        inner = _sweep_optimizer(optimizer.inner_optimizer, schedule, momentum)
+        return kind(inner, scale, dynamic_growth_steps=optimizer.dynamic_growth_steps, name=optimizer.name)
+    settings = {name: getattr(optimizer, name) for name in base(0.1, name="").get_config() if name != "learning_rate"}
+    twin = object.__new__(kind)
+    if isinstance(optimizer, CLR):
+        momentum = optimizer.momentum_bounds[1] if momentum is None else momentum
+        cycle = schedule.bounds, schedule.steps, momentum, schedule.step_function
+        CLR.__init__(twin, *cycle, nesterov=optimizer.nesterov, **settings)
+    else:
+        base.__init__(twin, schedule, **settings)
+        if momentum is not None:
+            if not hasattr(optimizer, "momentum"):
+                raise ValueError(f"momentum={momentum!r}: {kind.__name__} has none; leave it out.")
+            twin.momentum = float(momentum)
+    for name, value in vars(optimizer).items():
+        if not any(isinstance(v, keras.Variable) for v in keras.tree.flatten(value)):
+            vars(twin).setdefault(name, value)
+    return twin
+
+
+@contextlib.contextmanager
+def _compiled_for_a_while(model, optimizer):
+    """The model compiled as it was, but with this optimizer. Afterwards its attributes and variables are as before."""
+    attributes = dict(vars(model))
+    # The arguments as they were given: the public get_compile_config serialises them, which not every loss survives.
+    given = {**model._compile_config.config, "optimizer": optimizer, "steps_per_execution": 1, "auto_scale_loss": False}
+    given |= {"jit_compile": model.jit_compile, "run_eagerly": model.run_eagerly}
+    metrics = keras.tree.flatten([given["metrics"], given["weighted_metrics"]])  # maybe not in model.metrics yet
+    metrics = [metric for metric in metrics if isinstance(metric, keras.metrics.Metric)]
+    variables = [*model.variables, *(v for metric in [*model.metrics, *metrics] for v in metric.variables)]
+    values = [np.array(ops.convert_to_numpy(v.value)) for v in variables]  # copies: torch gives the memory itself
     try:
-        config = (keras.optimizers.Optimizer if isinstance(optimizer, CLR) else make).get_config(optimizer)
+        keras.Model.compile(model, **given)  # not a `compile` of the model's class
+        yield
     finally:
-        vars(optimizer)["_learning_rate"] = held
-    config["learning_rate"] = schedule
-    if isinstance(optimizer, CLR):  # at a constant momentum it is SGD
-        make = keras.optimizers.SGD
-        config.update(momentum=optimizer.momentum_bounds[1], nesterov=optimizer.nesterov)
-    if momentum is not None:
-        if "momentum" not in config:
-            raise ValueError(f"momentum={momentum!r}: {make.__name__} has none; leave it out.")
-        config["momentum"] = _checked_momentum_bounds(momentum)[1]
-    made = make.from_config(config)
-    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
-        if hasattr(optimizer, name):
-            setattr(made, name, getattr(optimizer, name))
-    return made
+        vars(model).update(attributes)
+        for name in vars(model).keys() - attributes.keys():
+            del vars(model)[name]
+        for metric in metrics:  # some make their variables at the first batch
+            metric.reset_state()
+        for variable, value in zip(variables, values):
+            variable.assign(value)
 
 
-def _copy(variable):
-    return np.array(ops.convert_to_numpy(ops.convert_to_tensor(variable)))
+@contextlib.contextmanager
+def _random_states_kept():
+    """Afterwards the random states of Python, NumPy, Keras and the backend are as before."""
+    # No public way leads to the generator of unseeded keras.random calls, nor to one that may not exist yet.
+    from keras.src.backend.common import global_state
 
-
-def _random_states():
-    """A function that puts the random states of Python, NumPy, Keras and the backends back to what they are now."""
-    from keras.src.backend.common import global_state  # where Keras keeps the seed of unseeded keras.random calls
-
-    name = "global_seed_generator"
-    python, numpy_, generator = random.getstate(), np.random.get_state(), global_state.get_global_attribute(name)
-    state = None if generator is None else _copy(generator.state)
-    others = []
-    if "torch" in sys.modules:
-        torch = sys.modules["torch"]
-        others.append(functools.partial(torch.random.set_rng_state, torch.random.get_rng_state()))
-    if keras.backend.backend() == "tensorflow":
-        others.append(_tensorflow_random_state())
-
-    def restore():
-        random.setstate(python)
-        np.random.set_state(numpy_)
-        global_state.set_global_attribute(name, generator)
+    name, backend, torch = "global_seed_generator", keras.backend.backend(), sys.modules.get("torch")
+    generator = global_state.get_global_attribute(name)
+    with contextlib.ExitStack() as afterwards:
+        afterwards.callback(random.setstate, random.getstate())
+        afterwards.callback(np.random.set_state, np.random.get_state())
+        afterwards.callback(global_state.set_global_attribute, name, generator)
         if generator is not None:
-            generator.state.assign(state)
-        for other in others:
-            other()
+            afterwards.callback(generator.state.assign, np.array(ops.convert_to_numpy(generator.state.value)))
+        if backend == "tensorflow":
+            _keep_tensorflow_random_states(afterwards)
+        if torch:
+            afterwards.enter_context(torch.random.fork_rng(devices=None if backend == "torch" else []))
+        yield
 
-    return restore
 
-
-def _tensorflow_random_state():
+def _keep_tensorflow_random_states(afterwards):
+    # Neither the global generator nor the seeds of eager operations can be read in public without making them.
     from tensorflow.python.eager import context
     from tensorflow.python.ops import stateful_random_ops
 
-    eager = context.context()
-    generator = stateful_random_ops.global_generator
-    state = None if generator is None else generator.state.numpy()
+    eager, generator = context.context(), stateful_random_ops.global_generator
+    afterwards.callback(setattr, stateful_random_ops, "global_generator", generator)
+    if generator is not None:
+        afterwards.callback(generator.state.assign, generator.state.numpy())
 
     def seeds():  # the attribute is not there before the first tf.random.set_seed
-        draws = getattr(eager, "_rng", None)
-        return eager._seed, draws and draws.getstate()
+        return eager._seed, hasattr(eager, "_rng") and eager._rng and eager._rng.getstate()
 
-    before = seeds()
-
-    def restore():
-        stateful_random_ops.global_generator = generator
-        if generator is not None:
-            generator.state.assign(state)
+    def reseed(before):
         if seeds() != before:
             eager._set_global_seed(before[0])  # also forgets the kernels made from draws that will be made again
             if before[1]:
                 eager._rng.setstate(before[1])
 
-    return restore
+    afterwards.callback(reseed, seeds())
 
 
-def _checked_sweep(lr_bounds, num_steps, sweep):
-    if sweep not in ("exponential", "linear"):
-        raise ValueError(f"sweep={sweep!r}: it can be 'exponential' or 'linear'.")
-    if not (isinstance(num_steps, numbers.Integral) and not isinstance(num_steps, bool) and 10 <= num_steps < 2**24):
-        raise ValueError(
-            f"num_steps={num_steps!r}: give a whole number of updates, at least 10; some hundreds tell most."
-        )
-    try:
-        low, high = (float(b) for b in lr_bounds)
-        if not (0 <= low < high < math.inf) or (low == 0 and sweep == "exponential"):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"lr_bounds={lr_bounds!r}: give the first and the last learning rate as two finite numbers with "
-            f"0 {'<' if sweep == 'exponential' else '<='} low < high, for example (1e-5, 10.0)."
-        ) from None
-    return low, high, int(num_steps), sweep
+def _batches(x, y, sample_weight, batch_size, rng):
+    """Batches (x, y, sample_weight) of any kind of data, read again and again where that is possible."""
+    of_batches = isinstance(x, (list, tuple)) and y is None and all(isinstance(part, (list, tuple)) for part in x)
+    if (hasattr(x, "__array__") or isinstance(x, (list, tuple, dict))) and not of_batches:
+        yield from _batches_of_arrays(_as_batch((x, y, sample_weight)), batch_size, rng)
+        return
+    if y is not None or sample_weight is not None:
+        raise ValueError(f"x={type(x).__name__} has batches (x, y, sample_weight): leave out y and sample_weight.")
+    pydataset = isinstance(x, keras.utils.PyDataset)
+    if not (pydataset or hasattr(x, "__iter__")):
+        raise TypeError(f"x={type(x).__name__}: give arrays, a tf.data.Dataset, a PyDataset or an iterable of batches.")
+    empty = False
+    while not empty:  # as a generator is the second time: it cannot be read again
+        empty, epoch = True, x
+        if pydataset:  # without its on_epoch_end, where data sets shuffle themselves: `fit` would notice
+            order = itertools.count() if x.num_batches is None else rng.permutation(x.num_batches)
+            epoch = (x[int(i)] for i in order)
+        for batch in epoch:
+            empty = False
+            yield _as_batch(batch)
 
 
-def _check_model(model):
+def _batches_of_arrays(arrays, batch_size, rng):
+    def as_array(a):  # with floats as `fit` has them
+        a = ops.convert_to_numpy(a) if ops.is_tensor(a) else a
+        return a if a is None or a.dtype.kind != "f" else a.astype(keras.config.floatx(), copy=False)
+
+    arrays = keras.tree.map_structure(as_array, arrays)
+    shapes = [a.shape for a in keras.tree.flatten(arrays) if a is not None]
+    if () in shapes or len({shape[0] for shape in shapes}) != 1:
+        raise ValueError(f"The shapes of x, y, sample_weight are {shapes}: the first axis must count the same samples.")
+    size = shapes[0][0]
+    while size:
+        order = rng.permutation(size)
+        for start in range(0, max(size - batch_size, 0) + 1, batch_size):
+            chosen = order[start : start + batch_size]
+            yield keras.tree.map_structure(lambda a, chosen=chosen: None if a is None else a[chosen], arrays)
+
+
+def _as_batch(batch):
+    """(x, y, sample_weight) with numpy arrays or tensors of the backend, None for what is missing."""
+    batch = keras.utils.unpack_x_y_sample_weight(keras.tree.lists_to_tuples(batch))
+    return keras.tree.map_structure(lambda a: a if a is None or ops.is_tensor(a) else np.asarray(a), batch)
+
+
+def _build(model, batch):
+    """Builds what is not built, as `fit` does, from a batch of symbols: no state is moved. Checks that it can train."""
+    if batch is None:
+        raise ValueError("The data has not a single batch: there is nothing to train on.")
+    if batch[1] is None and model.loss is not None and type(model).compute_loss is keras.Model.compute_loss:
+        raise ValueError("The loss of the model needs labels: give x and y (and sample_weight=), or batches (x, y).")
+    if not (model.built and all(layer.built for layer in model.layers)):
+        kind = keras.backend.standardize_dtype
+        model(keras.tree.map_structure(lambda a: keras.KerasTensor(tuple(a.shape), kind(a.dtype)), batch[0]))
+    if not model.trainable_variables:
+        raise ValueError(f"model {model.name!r} has no trainable variables: nothing would change in a range test.")
+
+
+def _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing, momentum, validation_data):
+    def require(right, complaint):
+        if not right:
+            raise ValueError(complaint)
+
+    def within(value, kind, low, high):
+        return isinstance(value, kind) and low <= value < high
+
     if not isinstance(model, keras.Model):
         raise TypeError(f"model={model!r}: give a compiled keras.Model.")
-    if not model.compiled or model.optimizer is None:
-        raise ValueError(f"model {model.name!r} is not compiled: call model.compile(optimizer, loss) first.")
-    if type(model).train_step is not keras.Model.train_step:
-        raise ValueError(
-            f"{type(model).__name__} has a train_step of its own, which a range test would not use. Put its loss into "
-            "compile() or compute_loss(), or try learning rates in your own loop."
-        )
-    if getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1) > 1:
-        raise ValueError(
-            "The model is under a tf.distribute strategy: run the test on a copy built outside of its scope."
-        )
-
-
-def _check_no_labels(x, y):
-    if y is not None:
-        raise ValueError(f"y is given, but x={type(x).__name__} has the labels in its batches (x, y): leave y out.")
+    require(model.compiled and model.optimizer, "The model is not compiled: call model.compile(optimizer, loss) first.")
+    common = type(model).train_step is keras.Model.train_step
+    require(
+        common, "The model has its own train_step, which may use more than the compiled optimizer: use compute_loss."
+    )
+    replicas = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
+    require(
+        replicas == 1, "The model is under a tf.distribute strategy: test a copy that is built outside of its scope."
+    )
+    require(sweep in ("exponential", "linear"), f"{sweep=}: it can be 'exponential' or 'linear'.")
+    require(within(num_steps, numbers.Integral, 10, 2**24), f"{num_steps=}: give a whole number of at least 10.")
+    require(within(batch_size, numbers.Integral, 1, math.inf), f"{batch_size=}: give a whole number of at least 1.")
+    require(isinstance(stop_factor, numbers.Real) and stop_factor > 1, f"{stop_factor=}: give a number above 1.")
+    require(momentum is None or within(momentum, numbers.Real, 0, 1), f"{momentum=}: give a number in [0, 1).")
+    require(
+        not hasattr(validation_data, "__next__"), "validation_data can be read once only: give (x, y) or a data set."
+    )
+    smooth([], smoothing)  # its check
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -12,11 +12,14 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "notebooks"))
 
-import clr_utils  # isort: skip  # imports Keras, so it comes first
+from experiments import describe_machine, mnist_network  # isort: skip  # imports Keras quietly, so it comes first
 import keras
 import numpy as np
 from timing import alternating, ratio
+
+from clr_utils import lr_range_test
 
 SHORT, LONG, BATCH_SIZE = 600, 3000, 32  # updates, updates, images
 
@@ -27,7 +30,7 @@ def contestants():
     y = rng.integers(0, 10, len(x))
 
     def new_model():
-        model = clr_utils.mnist_network()
+        model = mnist_network()
         model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "sparse_categorical_crossentropy", metrics=["accuracy"])
         return model
 
@@ -37,7 +40,7 @@ def contestants():
 
     def range_test(updates):
         options = {"lr_bounds": (1e-6, 1e-3), "num_steps": updates, "stop_factor": float("inf")}
-        clr_utils.lr_range_test(new_model(), x, y, **options)
+        lr_range_test(new_model(), x, y, **options)
 
     return {
         (name, updates): lambda train=train, updates=updates: train(updates)
@@ -54,7 +57,7 @@ def main():
         name: [long - short for short, long in zip(seconds[name, SHORT], seconds[name, LONG])]
         for name in ("fit", "range test")
     }
-    print(clr_utils.describe_machine())
+    print(describe_machine())
     for what, test, fit in [
         (f"{SHORT} updates with building and tracing", seconds["range test", SHORT], seconds["fit", SHORT]),
         (f"{LONG - SHORT} further updates", further["range test"], further["fit"]),
