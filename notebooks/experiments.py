@@ -13,7 +13,6 @@ import os
 import pathlib
 import pickle
 import platform
-import random
 import re
 import sys
 import tarfile
@@ -59,6 +58,7 @@ from clr_utils import (
     DASHES,
     INK,
     CyclicalLR,
+    _random_states_kept,
     _set_loss_axis,
     _write_title,
     current_values,
@@ -561,11 +561,9 @@ def _set_weights(first, second):
     """Checksums of the weights that do not follow from the seed and are not all 0 or all 1, by position."""
     found = []
     for n, pair in enumerate(zip(first.variables, second.variables)):
-        a, b = (np.asarray(ops.convert_to_numpy(ops.convert_to_tensor(v))) for v in pair)
-        if a.size and np.array_equal(a, b) and not (a == a.flat[0]).all():
+        a, b = map(_value, pair)
+        if np.array_equal(a, b) and not ((a == 0).all() or (a == 1).all()):
             found.append([n, hashlib.sha256(a.tobytes()).hexdigest()])
-        elif a.size and np.array_equal(a, b) and a.flat[0] not in (0, 1):
-            found.append([n, float(a.flat[0])])
     return found
 
 
@@ -581,10 +579,8 @@ def _state_beside_config(optimizer):
         if here != there:
             found.append([name, here])
     for n, (here, there) in enumerate(zip(optimizer.variables, twin.variables)):
-        if float(ops.convert_to_numpy(ops.convert_to_tensor(here))) != float(
-            ops.convert_to_numpy(ops.convert_to_tensor(there))
-        ):
-            found.append([n, float(ops.convert_to_numpy(ops.convert_to_tensor(here)))])
+        if not np.array_equal(_value(here), _value(there)):
+            found.append([n, _value(here).tolist()])
     inner = getattr(optimizer, "inner_optimizer", None)
     return found + (_state_beside_config(inner) if inner is not None else [])
 
@@ -605,6 +601,10 @@ def _simple(value):
     if isinstance(value, dict):
         return {str(k): _simple(v) for k, v in value.items()} or None
     return None
+
+
+def _value(variable):
+    return np.array(ops.convert_to_numpy(ops.convert_to_tensor(variable)))
 
 
 def _own_sources(model, optimizer):
@@ -657,17 +657,6 @@ def _source(thing):
     except (OSError, TypeError, SyntaxError):  # defined in a prompt, or a lambda in the middle of a statement
         code = getattr(thing, "__code__", None)
         return [code.co_code.hex(), repr(code.co_consts)] if code else repr(thing)
-
-
-@contextlib.contextmanager
-def _random_states_kept():
-    """Python's and NumPy's random states, put back afterwards; Keras draws the seeds of layers from Python's."""
-    python, numpy_ = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -957,7 +946,7 @@ def _evaluated(model, data, batch_size, settled):
     """Test loss and accuracy with the running statistics of BatchNorm and, where asked for, with settled ones."""
     result = dict(zip(("test_loss", "test_accuracy"), _loss_and_accuracy(model, *data.test)))
     if settled:
-        before = [(v, ops.convert_to_numpy(ops.convert_to_tensor(v))) for v in model.non_trainable_variables]
+        before = [(v, _value(v)) for v in model.non_trainable_variables]
         settle_batch_norm(model, data.train[0][: SETTLING_BATCHES * batch_size], batch_size)
         result |= zip(("settled_loss", "settled_accuracy"), _loss_and_accuracy(model, *data.test))
         for variable, value in before:
@@ -1032,7 +1021,7 @@ def _write_checkpoint(path, variables, order, progress):
     """The state after an epoch, in one piece or not at all."""
     part = path.with_suffix(".part")
     text = json.dumps({"order": order.bit_generator.state, **progress})
-    arrays = {str(n): ops.convert_to_numpy(ops.convert_to_tensor(variable)) for n, variable in enumerate(variables)}
+    arrays = {str(n): _value(variable) for n, variable in enumerate(variables)}
     with open(part, "wb") as file:
         np.savez(file, progress=np.array(text), **arrays)
         file.flush()
