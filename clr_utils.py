@@ -542,46 +542,6 @@ def _outside_of_tracing():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------
-
-
-class LossPerUpdate(keras.callbacks.Callback):
-    """Keeps the loss of every update in `losses`: the mean over that batch, before the update.
-
-    Keras reports the running mean since the start of the epoch. To get the loss of one batch the metrics are reset
-    before each, so the epoch's line in `History` is that of its last batch: use `model.evaluate`. Needs
-    `compile(steps_per_execution=1)`, the default, and raises ValueError at the start of training without.
-    """
-
-    def on_train_begin(self, logs=None):
-        if (self.model.steps_per_execution or 1) != 1:
-            raise ValueError("LossPerUpdate needs compile(steps_per_execution=1): else it sees one update in many.")
-        self.losses = []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.model.reset_metrics()
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.losses.append(float(logs["loss"]))
-
-
-def smooth(values, smoothing):
-    """Exponential mean of an array, bias-corrected so that the first values are not drawn towards 0. Shape as given.
-
-    Args:
-        smoothing: share of the past in the mean, in [0, 1).
-    """
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing={smoothing!r}: it is the share of the past in the mean, in [0, 1).")
-    mean, smoothed = 0.0, []
-    for n, value in enumerate(values, start=1):
-        mean = smoothing * mean + (1 - smoothing) * value
-        smoothed.append(mean / (1 - smoothing**n))
-    return np.array(smoothed)
-
-
-# ---------------------------------------------------------------------------------------------------------
 # BatchNorm
 # ---------------------------------------------------------------------------------------------------------
 
@@ -1081,12 +1041,9 @@ def _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Plots
-#
-# Seaborn and matplotlib are imported where they draw: schedules and the optimizer work without them, and sooner.
+# Plots, and the losses that they show. Seaborn and matplotlib are imported where they draw: the rest goes without.
 # ---------------------------------------------------------------------------------------------------------
 
-# For seaborn.set_theme(**THEME). Text stays legible where a figure is shrunk to the width of a phone.
 RC = {"axes.spines.right": False, "axes.spines.top": False, "grid.color": ".9"}
 RC |= {"font.family": ["DejaVu Sans"], "lines.linewidth": 2}
 THEME = {"context": "notebook", "font_scale": 1.1, "style": "whitegrid", "palette": "colorblind", "rc": RC}
@@ -1095,9 +1052,43 @@ DASHES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 0.
 INK, FAINT = "indigo", {"color": "0.75", "linewidth": 0.6}  # a curve alone; each update behind the smoothed loss
 
 
+class LossPerUpdate(keras.callbacks.Callback):
+    """Keeps the loss of every update in `losses`: the mean over that batch, before the update.
+
+    Metrics are reset before each batch (Keras reports running means), so `History` is that of the last batch of an
+    epoch: use `model.evaluate`. Needs `compile(steps_per_execution=1)`, the default.
+    """
+
+    def on_train_begin(self, logs=None):
+        if (self.model.steps_per_execution or 1) != 1:
+            raise ValueError("LossPerUpdate needs compile(steps_per_execution=1): else it sees one update in many.")
+        self.losses = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.model.reset_metrics()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.losses.append(float(logs["loss"]))
+
+
+def smooth(values, smoothing):
+    """Exponential mean of an array, bias-corrected so that the first values are not drawn towards 0. Shape as given.
+
+    Args:
+        smoothing: share of the past in the mean, in [0, 1).
+    """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing={smoothing!r}: it is the share of the past in the mean, in [0, 1).")
+    mean, smoothed = 0.0, []
+    for n, value in enumerate(values, start=1):
+        mean = smoothing * mean + (1 - smoothing) * value
+        smoothed.append(mean / (1 - smoothing**n))
+    return np.array(smoothed)
+
+
 @contextlib.contextmanager
 def theme():
-    """THEME while the context lasts, and matplotlib's settings as they were after it. Also a decorator."""
+    """`seaborn.set_theme(**THEME)`, but only while the context lasts. Also a decorator."""
     import seaborn as sns
 
     with sns.axes_style(THEME["style"], RC), sns.plotting_context(THEME["context"], THEME["font_scale"], RC):
@@ -1105,26 +1096,24 @@ def theme():
 
 
 @theme()
-def new_axes(rows=1, columns=1, *, title=None, height=3.6, heights=None):
+def new_axes(rows=1, columns=1, *, title=None, height=3.6, heights=None, axes=None):
     """A flat array of `rows * columns` axes with a shared x axis, in one theme and of one width.
 
     Args:
         title: what the figure shows; wrapped to its width.
-        height: of the figure, in inches.
-        heights: of the rows, relative to each other.
+        height, heights: of the figure, in inches; of the rows, relative to each other.
+        axes: given, they get the title in place of new ones.
     """
     import matplotlib.pyplot as plt
 
-    layout = {"figsize": (FIGURE_WIDTH, height), "height_ratios": heights, "layout": "constrained"}
-    figure, axes = plt.subplots(rows, columns, sharex=True, sharey=columns > 1, squeeze=False, **layout)
-    axes[0, 0].locator_params(axis="x", nbins=6 // columns + 1)
-    _write_title(figure, title)
-    return axes.flatten()
-
-
-def _write_title(figure, title):
+    if axes is None:
+        layout = {"figsize": (FIGURE_WIDTH, height), "height_ratios": heights, "layout": "constrained"}
+        axes = plt.subplots(rows, columns, sharex=True, sharey=columns > 1, squeeze=False, **layout)[1]
+        axes[0, 0].locator_params(axis="x", nbins=6 // columns + 1)
+    axes = np.ravel(axes)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", wrap=True, fontsize="medium")
+        axes[0].figure.suptitle(title, x=0.01, ha="left", wrap=True, fontsize="medium")
+    return axes
 
 
 def line_styles(n):
@@ -1135,50 +1124,40 @@ def line_styles(n):
     return [{"color": shades[i], "linestyle": DASHES[i % len(DASHES)]} for i in range(n)]
 
 
-@theme()
 def label_ends(ax):
     """Writes the labels of lines where they end, beside the axes and clear of each other, in place of a legend.
 
-    Curves are labelled on the right, vertical lines on top. A second call replaces what the first one wrote.
+    Curves are labelled on the right, vertical lines on top. Call it again when limits have changed.
     """
-    from matplotlib.transforms import Affine2D
-
-    def place(n, lines, along, beside):  # in pixels. Asked for at every drawing: limits may have changed
-        shown = [line.get_transform().transform(line.get_xydata()) for line in lines]
-        tips = np.array([xy[np.isfinite(xy).all(1)][-1] for xy in shown]).clip(ax.bbox.min, ax.bbox.max)
-        if beside:
-            point, texts = ax.figure.dpi / 72, [line.get_label().split("\n") for line in lines]
-            sizes = [(0.6 * max(map(len, rows)) + 0.4, 1.2 * len(rows))[along] * 11 * point for rows in texts]
-            tips[:, along] = _spread(tips[:, along], np.array(sizes), ax.bbox.min[along], ax.bbox.max[along])
-            tips[:, 1 - along] = ax.bbox.max[1 - along] + 14 * point
-        return Affine2D().translate(*tips[n])
-
     for text in [text for text in ax.texts if text.get_gid() == "end"]:
         text.remove()
-    sides = [], []  # on top the labels share the room along x (axis 0), on the right along y (axis 1)
+    sides = [], []  # labels on top share the room along x (axis 0), on the right along y (axis 1)
     for line in ax.lines:
-        x = line.get_xydata()[:, 0]
-        if not line.get_label().startswith("_") and np.isfinite(line.get_xydata()).all(1).any():
-            sides[0 if len(x) > 1 and np.ptp(x) == 0 else 1].append(line)
-    for along, lines in enumerate(sides):
-        text = {"ha": ("center", "left")[along], "va": ("bottom", "center")[along], "fontsize": 11, "gid": "end"}
-        leader = {"arrowstyle": "-", "relpos": ((0.5, 0), (0, 0.5))[along], "shrinkA": 1, "shrinkB": 0}
-        for n, line in enumerate(lines):
-            tip, end = (lambda _, of=(n, lines, along, beside): place(*of) for beside in (False, True))
-            text |= {"xycoords": tip, "textcoords": end, "arrowprops": {**leader, "color": line.get_color()}}
-            ax.annotate(line.get_label(), (0, 0), (0, 0), **text)
+        points = line.get_xydata()
+        if not line.get_label().startswith("_") and np.isfinite(points).all(axis=1).any():
+            sides[0 if len(points) > 1 and np.ptp(points[:, 0]) == 0 else 1].append(line)
+
+    def tip(line):  # as a share of the axes
+        points = (line.get_transform() - ax.transAxes).transform(line.get_xydata())
+        return points[np.isfinite(points).all(axis=1)][-1].clip(0, 1)
+
+    for axis, align in ((1, {"ha": "left", "va": "center"}), (0, {"ha": "center", "va": "bottom"})):
+        ax.figure.draw_without_rendering()  # gives the axes their limits and their size
+        em = 11 / 72 * ax.figure.dpi / ax.bbox.size
+        lines = sorted(sides[axis], key=lambda line: tip(line)[axis])
+        texts = [line.get_label().split("\n") for line in lines]
+        sizes = em[axis] * np.array([(0.6 * max(map(len, rows)) + 0.4, 1.2 * len(rows))[axis] for rows in texts])
+        before = np.cumsum(sizes) - sizes
+        starts = [tip(line)[axis] for line in lines] - sizes / 2 - before  # no two overlap where these never fall
+        starts = (np.maximum.accumulate(starts) + np.minimum.accumulate(starts[::-1])[::-1]) / 2
+        centres = starts.clip(0, max(0, 1 - sizes.sum())) + before + sizes / 2
+        for line, centre in zip(lines, centres):
+            place = np.insert([1 + 1.3 * em[1 - axis]], axis, centre)
+            leader = {"arrowstyle": "-", "color": line.get_color(), "relpos": ((0.5, 0), (0, 0.5))[axis], "shrinkB": 0}
+            look = {"textcoords": "axes fraction", "fontsize": 11, "gid": "end", "arrowprops": leader} | align
+            point = (ax.transAxes - line.get_transform()).transform(tip(line))
+            ax.annotate(line.get_label(), point, place, line.get_transform(), **look)
     return ax
-
-
-def _spread(centres, lengths, low, high):
-    """Centres for intervals of these lengths from low to high: as given, moved apart where they would overlap."""
-    order = np.argsort(centres, kind="stable")
-    centres, lengths = centres[order], lengths[order]
-    for _ in range(300):
-        push = 0.45 * np.maximum((lengths[1:] + lengths[:-1]) / 2 - np.diff(centres), 0)
-        centres = centres + np.append(0, push) - np.append(push, 0)
-        centres = np.clip(centres, low + lengths / 2, np.maximum(high - lengths / 2, low + lengths / 2))
-    return centres[np.argsort(order)]
 
 
 @theme()
@@ -1189,25 +1168,19 @@ def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ti
         schedule: a CLR, a CyclicalLR, an array of values, one per update, or a function of an integer array.
         quantity: `"learning rate"` or `"momentum"`; the label of the y axis.
         label: written where the line ends. Call again with the same `ax` to compare.
-        title: of the figure.
-        ax: axes to draw into, in place of a new figure.
+        title, ax: of the figure; axes to draw into, in place of a new figure.
         **style: for `ax.plot`.
     """
-    if quantity not in ("learning rate", "momentum"):
-        raise ValueError(f"quantity={quantity!r}: it can be 'learning rate' or 'momentum'.")
-    if not isinstance(updates, numbers.Integral) or updates < 1:
-        raise ValueError(f"updates={updates!r}: give the number of updates to draw, a whole number of at least 1.")
-    if quantity == "momentum" and isinstance(schedule, CyclicalLR):
-        raise ValueError(f"schedule={schedule!r} has no momentum; a CLR has, and so may an array or a function.")
+    if quantity not in ("learning rate", "momentum") or (quantity == "momentum" and isinstance(schedule, CyclicalLR)):
+        raise ValueError(f"quantity={quantity!r}: it can be 'learning rate' or, but for a CyclicalLR, 'momentum'.")
     if isinstance(schedule, CLR):
         schedule = schedule.learning_rate_at if quantity == "learning rate" else schedule.momentum_at
     elif isinstance(schedule, CyclicalLR):
         schedule = schedule.at
     values = np.asarray(schedule(np.arange(updates)) if callable(schedule) else schedule, float)
-    if values.shape != (updates,):
-        raise ValueError(f"schedule gives values of shape {values.shape}, expected one for each of {updates} updates.")
-    ax = new_axes()[0] if ax is None else ax
-    _write_title(ax.figure, title)
+    if values.shape != (updates or 1,):
+        raise ValueError(f"updates={updates}: one value for each is needed; schedule gives the shape {values.shape}.")
+    (ax,) = new_axes(title=title, axes=ax)
     n = len(ax.lines)
     ax.plot(values, label=label, **line_styles(max(4, n + 1))[n] | style)
     ax.set(xlabel="update", ylabel=quantity)
@@ -1222,32 +1195,29 @@ def plot_training(loss, learning_rate, momentum=None, *, smoothing=0.97, title=N
         loss, learning_rate: arrays of shape `(updates,)`.
         momentum: the same, or `None` for an optimizer without: it has no panel then.
         smoothing: share of the past in the smoothed loss, as in `smooth`.
-        title: of the figure.
-        axes: one for each panel, in place of a new figure.
+        title, axes: of the figure; one for each panel, in place of a new figure.
     """
-    panels = {"loss": loss, "learning\nrate": learning_rate, "momentum": momentum}
-    panels = {name: np.asarray(values, float) for name, values in panels.items() if values is not None}
-    if {values.shape for values in panels.values()} != {(panels["loss"].size or 1,)}:
-        raise ValueError(
-            f"Shapes {[values.shape for values in panels.values()]}: loss, learning_rate and momentum need one value "
-            "for each update, as learning_rate_at(np.arange(len(loss))) of the optimizer gives them."
-        )
-    smoothed, above = smooth(panels.pop("loss"), smoothing), len(panels)
-    axes = new_axes(above + 1, height=2.8 + 1.4 * above, heights=[1] * above + [2]) if axes is None else axes
-    _write_title(axes[0].figure, title)
-    for ax, name in zip(axes, panels):
-        ax.plot(panels[name], color=INK)
+    above = {"learning\nrate": learning_rate, "momentum": momentum}
+    above = {name: values for name, values in above.items() if values is not None}
+    shapes = [np.shape(values) for values in (loss, *above.values())]
+    if set(shapes) != {(np.size(loss) or 1,)}:
+        raise ValueError(f"Shapes {shapes}: loss, learning_rate and momentum need one value for each update.")
+    smoothed, heights = smooth(loss, smoothing), [1] * len(above) + [2]
+    axes = new_axes(len(heights), height=2.8 + 1.4 * len(above), heights=heights, title=title, axes=axes)
+    for ax, name in zip(axes, above):
+        ax.plot(above[name], color=INK)
         ax.set_ylabel(name)
     axes[-1].plot(loss, **FAINT)
     axes[-1].plot(smoothed, color=INK)
-    _set_loss_axis(axes[-1], "training loss\n(grey: each update)")
+    set_loss_axis(axes[-1], "training loss\n(grey: each update)")
     return axes
 
 
-def _set_loss_axis(ax, name):
+def set_loss_axis(ax, label):
+    """Labels axes of a loss over updates, in a logarithmic scale if what is drawn spans a factor of 5."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    ax.set(xlabel="update", ylabel=name)
+    ax.set(xlabel="update", ylabel=label)
     lowest, highest = ax.dataLim.intervaly
     if 0 < 5 * lowest < highest:
         ax.set_yscale("log")
@@ -1260,13 +1230,11 @@ def plot_range_test(result, ax=None, *, title=None):
 
     Args:
         result: the RangeTest of `lr_range_test`. The y axis ends a little above its loss at the start.
-        ax: axes to draw into, in place of a new figure.
-        title: of the figure.
+        ax, title: axes to draw into, in place of a new figure; of the figure.
     """
     if not isinstance(result, RangeTest):
         raise TypeError(f"result={result!r}: give what lr_range_test returned.")
-    ax = new_axes(height=4.4)[0] if ax is None else ax
-    _write_title(ax.figure, title)
+    (ax,) = new_axes(height=4.4, title=title, axes=ax)
     log = result.sweep == "exponential"
     ax.set(xlabel="learning rate", ylabel="training loss\n(grey: each update)", xscale="log" if log else "linear")
     if not len(result.lr):
@@ -1280,9 +1248,10 @@ def plot_range_test(result, ax=None, *, title=None):
     ax.margins(x=0.02)
     if result.validation_loss is not None:
         ax.plot(result.validation_lr, result.validation_loss, "o", color="black", markersize=4, label="validation")
-    valley, steepest, minimum, _ = result.suggest()
-    marks = {"min/10": minimum, "steepest": steepest, "valley": valley}
-    for name, rate in {**marks, "break": result.break_lr, "diverged": result.diverged_at}.items():
+    marks = {"break": result.break_lr, "diverged": result.diverged_at}
+    with contextlib.suppress(ValueError):  # where it suggests nothing, there is nothing to mark
+        marks |= zip(("valley", "steepest", "min/10"), result.suggest())
+    for name, rate in marks.items():
         if rate is not None:
             ax.axvline(rate, color="0.3", linestyle="--", linewidth=1, label=f"{name}\n{rate:.2g}")
     if result.break_lr is not None:

@@ -1,10 +1,12 @@
 """What the notebooks share: data, networks, training runs from seeds, intervals, and the pictures that compare."""
 
 import ast
+import builtins
 import contextlib
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -49,6 +51,8 @@ def _quiet_native_stderr():
 with _quiet_native_stderr(), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tqdm's about ipywidgets, without which its bar is made of text
     import keras
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     from keras import ops
     from tqdm.auto import tqdm
 
@@ -59,12 +63,11 @@ from clr_utils import (
     INK,
     CyclicalLR,
     _random_states_kept,
-    _set_loss_axis,
-    _write_title,
     current_values,
     label_ends,
     line_styles,
     new_axes,
+    set_loss_axis,
     settle_batch_norm,
     smooth,
     theme,
@@ -1319,23 +1322,16 @@ STYLES = {  # a way to train: its colour in seaborn's "colorblind", dashes and m
 }
 STYLES |= dict.fromkeys(("SGD", "constant 0.35"), STYLES["constant"])
 STYLES |= dict.fromkeys(("CLR triangle", "CLR 0.1-3.5"), STYLES["triangle"])
-FIGURE_DPI = 150
-
-
-def _style_of(name):
-    """The style of a way, also of "1cycle, 3 epochs"; None for other names."""
-    import seaborn as sns
-
-    colour, dashes, marker = STYLES.get(name, STYLES.get(name.split(",")[0], (None, None, None)))
-    return marker and {"color": sns.color_palette("colorblind")[colour], "linestyle": dashes, "marker": marker}
 
 
 def styles_of(names):
-    """{name: color, linestyle and marker for `ax.plot`}: by STYLES; names that have none there, of `line_styles`."""
-    styles, others = {}, iter(line_styles(8))
+    """{name: color, linestyle and marker for `ax.plot`}: by STYLES, also of "1cycle, long"; others by `line_styles`."""
+    colours, styles, others = sns.color_palette("colorblind"), {}, iter(line_styles(8))
     for name in dict.fromkeys(names):
-        style = _style_of(name)
-        styles[name] = style if style and style not in styles.values() else next(others) | {"marker": "o"}
+        colour, dashes, marker = STYLES.get(name, STYLES.get(name.split(",")[0], (0, None, None)))
+        style = {"color": colours[colour], "linestyle": dashes, "marker": marker}
+        known = marker and style not in styles.values()
+        styles[name] = style if known else next(others) | {"marker": "o"}
     return styles
 
 
@@ -1347,34 +1343,28 @@ def plot_runs(results, *, smoothing=0.0, title=None, axes=None):
         results: one row a training, as from `read_results`; at most 8 ways. Of the losses the line is the mean over
             seeds, the band goes from the lowest to the highest; they end where one is not finite.
         smoothing: as in `smooth`, over the points of the recorded curves.
-        title: of the figure.
-        axes: one for each panel, in place of a new figure. No run with a momentum, no panel for it.
+        title, axes: of the figure; one for each panel, in place of a new figure. Without momenta no panel for them.
     """
-    import pandas as pd
-    import seaborn as sns
-
     ways = {name: list(rows["curve"]) for name, rows in _by_run(results).items()}
     if not 1 <= len(ways) <= 8:
         raise ValueError(f"results hold {len(ways)} ways to train: 1 to 8 can be drawn in one picture.")
     above = [key for key in ("learning_rate", "momentum") if any(any(c[0][key] or ()) for c in ways.values())]
-    if axes is None:
-        axes = new_axes(len(above) + 1, height=3.2 + 1.3 * len(above), heights=[1] * len(above) + [2.4])
-    _write_title(axes[0].figure, title)
+    heights = [1] * len(above) + [2.4]
+    axes = new_axes(len(heights), height=3.2 + 1.3 * len(above), heights=heights, title=title, axes=axes)
     for name, style in styles_of(ways).items():
         style["marker"] = ""
         longest = max(ways[name], key=lambda curve: len(curve["update"]))
         for ax, key in zip(axes, above):
+            ax.set_ylabel(key.replace("_", "\n"))
             if longest[key] is not None:
                 ax.plot(longest["update"], longest[key], **style)
-            ax.set_ylabel(key.replace("_", "\n"))
         losses = [pd.Series(smooth(np.array(c["loss"], float), smoothing), c["update"]) for c in ways[name]]
-        losses = pd.concat(losses, axis=1).dropna().rename_axis("update").melt(value_name="loss", ignore_index=False)
-        band = {"errorbar": ("pi", 100), "label": name, "legend": False}
-        sns.lineplot(losses.reset_index(), x="update", y="loss", ax=axes[-1], **band, **style)
-    _set_loss_axis(axes[-1], "training loss\n(band: min to max)")
+        losses = pd.concat(losses, axis=1).dropna()
+        axes[-1].plot(losses.mean(axis=1), label=name, **style)
+        axes[-1].fill_between(losses.index, losses.min(axis=1), losses.max(axis=1), color=style["color"], alpha=0.2)
+    set_loss_axis(axes[-1], "training loss\n(band: min to max)")
     label_ends(axes[-1])
-    if "synthetic" in set(results["data"]):
-        mark_synthetic(axes[0].figure)
+    mark_synthetic(axes[0].figure, results["data"])
     return axes
 
 
@@ -1387,45 +1377,38 @@ def plot_comparison(results, live=None, *, xlim=None, order="mean", title=None, 
         live: the same of this session, as crosses; they count in no mean.
         xlim: limits of the accuracy in percent. Points outside are counted in their row.
         order: of the rows, `"mean"` (the highest on top) or `"given"`.
-        title: of the figure.
-        ax: axes to draw into, in place of a new figure.
+        title, ax: of the figure; axes to draw into, in place of a new figure.
     """
-    import seaborn as sns
-
-    if order not in ("mean", "given"):
-        raise ValueError(f"order={order!r}: it can be 'mean' or 'given'.")
+    if order not in ("mean", "given") or not len(results):
+        raise ValueError(f"order={order!r}, {len(results)} rows: it can be 'mean' or 'given', of at least 1.")
     ways = _by_run(results)
     names = sorted(ways, key=lambda name: -ways[name]["test_accuracy"].mean()) if order == "mean" else list(ways)
     live = results[:0] if live is None else live[live["run"].isin(names)]
-    ax = new_axes(height=1.6 + 0.5 * len(names))[0] if ax is None else ax
-    _write_title(ax.figure, title)
+    (ax,) = new_axes(height=1.6 + 0.5 * len(names), title=title, axes=ax)
 
     def at(frame, shift):
         return frame.assign(x=100 * frame["test_accuracy"], y=frame["run"].map(names.index) + shift)
 
-    colours = {name: (_style_of(name) or {"color": INK})["color"] for name in names}
-    common = {"x": "x", "y": "y", "hue": "run", "palette": colours, "orient": "h", "native_scale": True}
-    common |= {"legend": False, "ax": ax}
+    colours = {name: styles_of([name])[name]["color"] for name in names}
+    common = dict(x="x", y="y", hue="run", palette=colours, orient="h", native_scale=True, legend=False, ax=ax)
     sns.stripplot(at(results, -0.16), jitter=False, size=6, alpha=0.6, **common)
     mean = {"errorbar": _t_interval, "markers": "D", "markersize": 6, "capsize": 0.15, "linestyle": "none"}
     sns.pointplot(at(results, 0.16), err_kws={"linewidth": 2}, **mean, **common)
-    marks = {"one seed": {"marker": "o", "alpha": 0.6}, "mean, 95% interval": {"marker": "D", "linestyle": "-"}}
-    cross, ring = {"marker": "x", "color": "black"}, {"marker": "o", "ms": 11, "mfc": "none", "color": "black"}
-    diverged = results[results["diverged_at"].notna()]
-    for label, frame, mark in (("this session", live, cross), ("diverged", diverged, ring)):
+    ax.plot([], [], "o", color="0.3", alpha=0.6, label="one seed")
+    ax.plot([], [], "D-", color="0.3", label="mean, 95% interval")
+    diverged, ring = results[results["diverged_at"].notna()], {"marker": "o", "markersize": 11, "mfc": "none"}
+    for label, frame, mark in (("this session", live, {"marker": "x"}), ("diverged", diverged, ring)):
         if len(frame):
-            where = at(frame, -0.16)
-            ax.plot(where["x"], where["y"], **{"linestyle": "", "zorder": 4} | mark)
-            marks[label] = mark
+            x, y = at(frame, -0.16)[["x", "y"]].to_numpy().T
+            ax.plot(x, y, color="black", linestyle="", zorder=4, label=label, **mark)
     for y, name in enumerate(names if xlim else ()):
         inside = (100 * ways[name]["test_accuracy"]).between(*xlim)
         if not inside.all():
-            text = f"{(~inside).sum()} of {len(inside)} outside"
-            ax.text(0.01, y + 0.38, text, transform=ax.get_yaxis_transform(), va="center", fontsize=10)
+            where = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 10}
+            ax.text(0.01, y + 0.38, f"{(~inside).sum()} of {len(inside)} outside", **where)
     ax.set(xlabel="test accuracy (%)", ylabel="", xlim=xlim)
-    _label_rows(ax, [textwrap.fill(name, 20) for name in names], marks)
-    if "synthetic" in {*results["data"], *live["data"]}:
-        mark_synthetic(ax.figure)
+    _label_rows(ax, [textwrap.fill(name, 20) for name in names])
+    mark_synthetic(ax.figure, [*results["data"], *live["data"]])
     return ax
 
 
@@ -1434,103 +1417,77 @@ def plot_differences(comparisons, *, order="difference", title=None, ax=None):
     """Draws paired differences in test accuracy with their 95% intervals, one below the other, and returns the axes.
 
     Args:
-        comparisons: a DataFrame with columns `first`, `second`, `n` (pairs), `difference`, `low`, `high` (in percentage
-            points) and `verdict`, as from `compare`.
+        comparisons: a DataFrame as from `compare`, with differences and intervals in percentage points.
         order: of the rows, `"difference"` (the highest on top) or `"given"`.
-        title: of the figure.
-        ax: axes to draw into, in place of a new figure.
+        title, ax: of the figure; axes to draw into, in place of a new figure.
     """
     if order not in ("difference", "given") or not len(comparisons):
         raise ValueError(f"order={order!r}, {len(comparisons)} rows: it can be 'difference' or 'given', of at least 1.")
     rows = comparisons if order == "given" else comparisons.sort_values(order, ascending=False, kind="stable")
-    ax = new_axes(height=1.6 + 0.55 * len(rows))[0] if ax is None else ax
-    _write_title(ax.figure, title)
+    rows = rows.assign(y=range(len(rows)), verdict=rows["verdict"].replace(["ahead", "behind"], "told apart"))
+    (ax,) = new_axes(height=1.6 + 0.55 * len(rows), title=title, axes=ax)
     ax.axvline(0, color="0.2", linewidth=1.5)
-    apart = {"color": INK, "marker": "o"}
-    kinds = {
-        "ahead": apart,
-        "behind": apart,
-        "not told apart": {"color": INK, "marker": "o", "mfc": "white"},
-        "not judged": {"color": "0.6", "marker": "s", "mfc": "white"},
-    }
-    drawn = set()
-    for y, row in enumerate(rows.itertuples()):
-        bars = [[row.difference - row.low], [row.high - row.difference]]
-        ax.errorbar(row.difference, y, xerr=bars, capsize=4, linestyle="", ms=8, **kinds[row.verdict])
-        ax.text(1.01, y, f"n = {row.n}", transform=ax.get_yaxis_transform(), va="center", fontsize=11)
-        drawn.add(row.verdict)
+    marks = {"told apart": ("o", INK, INK), "not told apart": ("o", INK, "white"), "not judged": ("s", "0.6", "white")}
+    for verdict, (marker, color, face) in marks.items():
+        if len(part := rows[rows["verdict"] == verdict]):
+            look = {"color": color, "mfc": face, "ms": 8, "capsize": 4, "label": verdict}
+            bars = [part["difference"] - part["low"], part["high"] - part["difference"]]
+            ax.errorbar(part["difference"], part["y"], xerr=bars, fmt=marker, **look)
+    for row in rows.itertuples():
+        ax.text(1.01, row.y, f"n = {row.n}", transform=ax.get_yaxis_transform(), va="center", fontsize=11)
     ax.set(xlabel="difference in test accuracy (percentage points)")
-    marks = {"told apart" if mark is apart else kind: mark for kind, mark in kinds.items() if kind in drawn}
-    _label_rows(ax, [f"{row.first}\nminus {row.second}" for row in rows.itertuples()], marks)
+    _label_rows(ax, rows["first"] + "\nminus " + rows["second"])
     return ax
 
 
-def _label_rows(ax, names, marks):
+def _label_rows(ax, names):
     """Names of rows from the top down, and above them what the marks mean."""
-    from matplotlib.lines import Line2D
-
     ax.set_yticks(range(len(names)), names, linespacing=0.95)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
-    looks = ({"color": "0.3", "linestyle": "", "label": label} | mark for label, mark in marks.items())
-    ax.legend(
-        handles=[Line2D([], [], **look) for look in looks],
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        ncols=2,
-        frameon=False,
-    )
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
 
-def mark_synthetic(figure):
-    """Writes SYNTHETIC DATA across a figure, once."""
-    if not any(text.get_gid() == "synthetic" for text in figure.texts):
+def mark_synthetic(figure, sources=("synthetic",)):
+    """Writes SYNTHETIC DATA across a figure, once, if it is among the sources of its data."""
+    if "synthetic" in set(sources) and all(text.get_gid() != "synthetic" for text in figure.texts):
         style = {"color": "red", "alpha": 0.35, "fontsize": 38, "rotation": 25, "ha": "center", "va": "center"}
         figure.text(0.5, 0.5, "SYNTHETIC DATA", gid="synthetic", **style)
 
 
 def save_figure(figure, name, source=None, alt=None):
-    """Saves a figure as <figures>/<name>.png at the series' size, shows it in the notebook, and closes it.
+    """Saves a figure as figures/<name>.png at the series' size, shows it in the notebook, and closes it.
 
     Args:
         figure: the matplotlib figure, or axes in it. It has a title, which stays with the picture when it is copied.
-        name: of the file, without folder. The folder is figures/ in CLR_OUTPUT_DIR, otherwise beside this module; in
-            the smoke profile a temporary one. The file is there in one piece or not at all.
+        name: of the file, in CLR_OUTPUT_DIR or else beside clr_utils.py; in the smoke profile in a temporary folder.
         source: of the data, as in `Dataset.source`: `"synthetic"` is written across the figure.
-        alt: what the picture shows, for a reader who cannot see it; in the file and in the notebook. By default what
-            figures/NN_alt.json says of it, for the notebook NN with which the name begins.
+        alt: what the picture shows, for a reader who cannot see it. By default figures/NN_alt.json says it, for the
+            notebook NN with which the name begins.
     """
-    import matplotlib.pyplot as plt
-
     figure = getattr(figure, "figure", figure)
-    if not name or pathlib.PurePath(name).name != name:
+    if pathlib.PurePath(name).name != name or not name:
         raise ValueError(f"name={name!r}: give a file name without folders.")
     texts = ROOT / "figures" / f"{name[:2]}_alt.json"
     alt = alt or (json.loads(texts.read_text(encoding="utf-8")).get(name) if texts.exists() else None)
     if not alt:
-        raise ValueError(
-            f"The figure {name!r} has no alt text: say in figures/{texts.name}, or in alt=, what it shows."
-        )
-    if not (
-        figure.get_suptitle() or any(ax.get_title(loc) for ax in figure.axes for loc in ("left", "center", "right"))
-    ):
+        raise ValueError(f"The figure {name!r} has no alt text: say what it shows in figures/{texts.name}, or in alt=.")
+    if not (figure.get_suptitle() or any(ax.get_title(loc) for ax in figure.axes for loc in ("left", "center"))):
         raise ValueError(f"The figure {name!r} has no title: a picture that is copied has to say what it shows.")
-    if source == "synthetic":
-        mark_synthetic(figure)
-    folder = _output_folder() / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.png"
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        figure.savefig(part, format="png", dpi=FIGURE_DPI, metadata={"Software": None, "Description": alt})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    if "get_ipython" in vars(__import__("builtins")):
+    mark_synthetic(figure, [source])
+    for ax in figure.axes:
+        if any(text.get_gid() == "end" for text in ax.texts):
+            label_ends(ax)  # limits may have changed since
+    picture = io.BytesIO()  # whole before the file is touched
+    figure.savefig(picture, format="png", dpi=150, metadata={"Software": None, "Description": alt})
+    plt.close(figure)
+    path = _output_folder() / "figures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture.getvalue())
+    if hasattr(builtins, "get_ipython"):
         from IPython.display import Image, display
 
-        display(Image(filename=path, alt=alt, width=720))  # of its 960 pixels: sharp on dense screens
-    plt.close(figure)
+        display(Image(picture.getvalue(), alt=alt, width=720))  # of its 960 pixels: sharp on dense screens
 
 
 def _output_folder():
