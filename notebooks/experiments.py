@@ -788,35 +788,6 @@ class _Record(keras.metrics.Metric):
         return ops.convert_to_tensor(self.losses)
 
 
-class _Record(keras.metrics.Metric):
-    """Loss and accuracy of every update, kept in the graph: callbacks see one update in many.
-
-    values: (3, num_steps) with the rows loss, accuracy and 1.0 where an update was recorded.
-    """
-
-    def __init__(self, num_steps):
-        super().__init__(name="record", dtype="float32")
-        self.num_steps = num_steps
-        self.count = self.add_variable((), "zeros", dtype="int32", name="count")
-        self.values = self.add_variable((3, num_steps), "zeros", dtype="float32", name="values")
-
-    def update_state(self, loss, accuracy):
-        new = ops.stop_gradient(ops.stack([ops.cast(v, "float32") for v in (loss, accuracy, 1.0)]))
-        here = ops.equal(ops.arange(self.num_steps, dtype="int32"), ops.convert_to_tensor(self.count))
-        self.values.assign(ops.where(here, ops.expand_dims(new, 1), ops.convert_to_tensor(self.values)))
-        self.count.assign(self.count + 1)
-
-    def clear(self):
-        self.count.assign(0)
-        self.values.assign(np.zeros((3, self.num_steps), "float32"))
-
-    def reset_state(self):
-        """Keeps everything: evaluate() resets all metrics, and the validation loss is taken in mid-sweep."""
-
-    def result(self):
-        return ops.convert_to_tensor(self.values)
-
-
 class _Recorded(keras.Model):
     """A model that keeps the loss of each update of an epoch."""
 
@@ -896,34 +867,6 @@ def _recorded(model, optimizer, images, per_epoch):
     together = 1 if keras.backend.backend() == "torch" else max(1, min(100, per_epoch // 8))
     recorded.compile(optimizer, "sparse_categorical_crossentropy", steps_per_execution=together)
     return recorded, batches
-
-
-def _without_autotune(dataset):
-    """The tf.data pipeline without the thread that tunes it, for which the end of an iteration may wait.
-
-    That thread sleeps twice as long each time, and not every system wakes it early: a fit of 11 seconds then takes 20.
-    """
-    import tensorflow as tf
-
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return dataset.with_options(options)
-
-
-def _batches_in_graph(images, labels, order, batch_size):
-    """The data in an order, as a tf.data pipeline that gathers batches from memory, ahead of the training."""
-    import tensorflow as tf
-
-    images, labels = tf.constant(images), tf.constant(labels)
-
-    def batch(chosen):
-        return tf.cast(tf.gather(images, chosen), tf.float32), tf.gather(labels, chosen)
-
-    # Without its autotuning: that thread sleeps longer each time, and the end of an epoch may wait for it.
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    chosen = tf.data.Dataset.from_tensor_slices(order).batch(batch_size)
-    return chosen.map(batch).prefetch(8).with_options(options)
 
 
 class _Images(keras.layers.Layer):
@@ -1293,6 +1236,8 @@ def _with_verdicts(table):
 
 def _by_run(results):
     """{run: its lines}; ValueError where a mean over them would mix what does not belong together."""
+    if not len(results):
+        raise ValueError("The results hold no line: nothing has been recorded for these runs and this data yet.")
     if len(sources := results["data"].unique()) > 1:
         raise ValueError(f"The lines are of {' and '.join(sorted(sources))} data: summarise each on its own.")
     by_run = dict(list(results.groupby("run", sort=False)))
