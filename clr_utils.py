@@ -718,7 +718,13 @@ def _limit(loss, smoothed, num_steps, stop_factor, smoothing, **_):
     return lowest + (stop_factor - 1) / 4 * max(start - lowest, 60 * noise, 1e-5 * abs(start))
 
 
-Suggestions = NamedTuple("Suggestions", [("valley", float), ("steepest", float), ("minimum", float), ("why", str)])
+class Suggestions(NamedTuple):
+    """Learning rates that a range test suggests."""
+
+    valley: float  # in the longest falling subsequence (length n), n/3 + n/6 points from its start
+    steepest: float  # where the loss falls fastest per step of log(lr)
+    minimum: float  # a tenth of the rate with the lowest loss
+    why: str  # one sentence
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -744,9 +750,6 @@ class RangeTest:
 
         Returns:
             Suggestions(valley, steepest, minimum, why).
-            valley: in the longest falling subsequence (length n), the rate n/3 + n/6 points from its start;
-            steepest: where the loss falls fastest per step of log(lr);
-            minimum: a tenth of the rate with the lowest loss; why: one sentence.
 
         Raises:
             ValueError: with the reason, where there are less than 10 points, or no descent (from the mean of the first
@@ -821,18 +824,13 @@ class RangeTest:
         noise *= math.sqrt((1 - self.smoothing) / (1 + self.smoothing))  # of the exponential mean of independent values
         lowest = self.smoothed[kept].min()
         if not lowest < start - 4 * noise:
-            none = (
-                f"No descent: the smoothed loss falls from {start:.3g} to no less than {lowest:.3g}, within its noise."
-            )
+            none = f"No descent beyond noise: the smoothed loss starts at {start:.3g}, and its lowest is {lowest:.3g}."
             return None, None, f"{none} The model may have converged already, or learns at none of these rates."
         # The lowest point itself would be no guide: it lies anywhere in the flat part before the break.
         still_low = np.flatnonzero(self.smoothed <= lowest + (start - lowest) / 4)[-1]
         if still_low == len(self.smoothed) - 1 and self.diverged_at is None:
-            return (
-                kept,
-                None,
-                f"The loss was still low at the end, {self.lr[-1]:.3g}: raise lr_bounds[1] until it breaks.",
-            )
+            still = f"The loss was still low at the end, {self.lr[-1]:.3g}: raise lr_bounds[1] until it breaks."
+            return kept, None, still
         return kept, float(self.lr[still_low]), ""
 
 
@@ -1004,8 +1002,8 @@ def _build(model, batch):
     if batch[1] is None and model.loss is not None and type(model).compute_loss is keras.Model.compute_loss:
         raise ValueError("The loss of the model needs labels: give x and y (and sample_weight=), or batches (x, y).")
     if not (model.built and all(layer.built for layer in model.layers)):
-        kind = keras.backend.standardize_dtype
-        model(keras.tree.map_structure(lambda a: keras.KerasTensor(tuple(a.shape), kind(a.dtype)), batch[0]))
+        dtype_of = keras.backend.standardize_dtype
+        model(keras.tree.map_structure(lambda a: keras.KerasTensor(tuple(a.shape), dtype_of(a.dtype)), batch[0]))
     if not model.trainable_variables:
         raise ValueError(f"model {model.name!r} has no trainable variables: nothing would change in a range test.")
 
@@ -1022,21 +1020,15 @@ def _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing
         raise TypeError(f"model={model!r}: give a compiled keras.Model.")
     require(model.compiled and model.optimizer, "The model is not compiled: call model.compile(optimizer, loss) first.")
     common = type(model).train_step is keras.Model.train_step
-    require(
-        common, "The model has its own train_step, which may use more than the compiled optimizer: use compute_loss."
-    )
+    require(common, "The model has its own train_step, which may use other optimizers: put its loss into compute_loss.")
     replicas = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
-    require(
-        replicas == 1, "The model is under a tf.distribute strategy: test a copy that is built outside of its scope."
-    )
+    require(replicas == 1, "The model is under a tf.distribute strategy: test a copy built outside of its scope.")
     require(sweep in ("exponential", "linear"), f"{sweep=}: it can be 'exponential' or 'linear'.")
     require(within(num_steps, numbers.Integral, 10, 2**24), f"{num_steps=}: give a whole number of at least 10.")
     require(within(batch_size, numbers.Integral, 1, math.inf), f"{batch_size=}: give a whole number of at least 1.")
     require(isinstance(stop_factor, numbers.Real) and stop_factor > 1, f"{stop_factor=}: give a number above 1.")
     require(momentum is None or within(momentum, numbers.Real, 0, 1), f"{momentum=}: give a number in [0, 1).")
-    require(
-        not hasattr(validation_data, "__next__"), "validation_data can be read once only: give (x, y) or a data set."
-    )
+    require(not hasattr(validation_data, "__next__"), "validation_data can be read once only: give (x, y), a data set.")
     smooth([], smoothing)  # its check
 
 

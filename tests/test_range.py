@@ -191,6 +191,7 @@ def test_training_after_it_gives_the_same_bits(optimizer, state, monkeypatch):
         functions = model.train_function, model.test_function, model.predict_function
         counted = {id(v): np.array(ops.convert_to_numpy(v)) for m in model.metrics for v in m.variables}
         model.stop_training = "as it was"
+        attributes = dict(vars(model))
         states = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
         ways = endings(monkeypatch)
         for ending in ways if state == "mid-training" or optimizer == "clr" else ways[:1] + ways[3:4]:
@@ -200,6 +201,7 @@ def test_training_after_it_gives_the_same_bits(optimizer, state, monkeypatch):
             assert model.optimizer is own and own.built == before[2]
             assert (model.train_function, model.test_function, model.predict_function) == functions
             assert model.stop_training == "as it was"
+            assert vars(model).keys() == attributes.keys() and all(vars(model)[n] is v for n, v in attributes.items())
             assert getattr(model, "history", None) is history
             for m in model.metrics:
                 for v in m.variables:
@@ -283,6 +285,18 @@ def test_states_that_did_not_exist_do_not_come_into_being(monkeypatch):
     global_state.set_global_attribute("global_seed_generator", None)
     lr_range_test(model, drawing() if BACKEND != "tensorflow" else X, None if BACKEND != "tensorflow" else Y, **QUICK)
     assert global_state.get_global_attribute("global_seed_generator") is None
+
+
+def test_metric_objects_keep_their_values():
+    own, late = keras.metrics.CategoricalAccuracy(), keras.metrics.F1Score()  # the second makes its variables late
+    one_hot = np.eye(3, dtype="float32")[Y]
+    own.update_state(one_hot[:7], one_hot[:7])
+    model = small()
+    model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True), metrics=[own, late])
+    before = bits(own.variables)
+    assert lr_range_test(model, X, one_hot, **QUICK).accuracy.std() > 0
+    assert_same(before, bits(own.variables))
+    assert not any(v.any() for v in bits(late.variables))
 
 
 def test_names_go_on_counting_as_before():
