@@ -1116,6 +1116,7 @@ def line_styles(n):
     return [{"color": shades[i], "linestyle": DASHES[i % len(DASHES)]} for i in range(n)]
 
 
+@theme()
 def label_ends(ax):
     """Writes the labels of lines where they end, beside the axes and clear of each other, in place of a legend.
 
@@ -1165,18 +1166,20 @@ def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ti
     """
     if quantity not in ("learning rate", "momentum") or (quantity == "momentum" and isinstance(schedule, CyclicalLR)):
         raise ValueError(f"quantity={quantity!r}: it can be 'learning rate' or, but for a CyclicalLR, 'momentum'.")
+    if not isinstance(updates, numbers.Integral) or updates < 1:
+        raise ValueError(f"updates={updates!r}: give a whole number of updates to draw, at least 1.")
     if isinstance(schedule, CLR):
         schedule = schedule.learning_rate_at if quantity == "learning rate" else schedule.momentum_at
     elif isinstance(schedule, CyclicalLR):
         schedule = schedule.at
     values = np.asarray(schedule(np.arange(updates)) if callable(schedule) else schedule, float)
-    if values.shape != (updates or 1,):
-        raise ValueError(f"updates={updates}: one value for each is needed; schedule gives the shape {values.shape}.")
+    if values.shape != (updates,):
+        raise ValueError(f"A schedule for {updates} updates has a value for each, not the shape {values.shape}.")
     (ax,) = new_axes(title=title, axes=ax)
     n = len(ax.lines)
     ax.plot(values, label=label, **line_styles(max(4, n + 1))[n] | style)
     ax.set(xlabel="update", ylabel=quantity)
-    return label_ends(ax)
+    return label_ends(ax) if label else ax
 
 
 @theme()

@@ -67,8 +67,6 @@ def colour(line):
     return matplotlib.colors.to_rgb(line.get_color())
 
 
-# -------------------------------------------------------------------------------------------- plot_schedule
-
 TRIANGLE = [0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.3, 0.2, 0.1, 0.2]
 MOMENTUM = [0.95, 0.9125, 0.875, 0.8375, 0.8, 0.8375, 0.875, 0.9125, 0.95, 0.9125]
 
@@ -97,60 +95,37 @@ def test_schedule_drawn_is_the_schedule(schedule, quantity, expected):
 def test_schedules_on_the_same_axes_differ_in_colour_and_dashes_and_are_labelled_at_their_ends():
     ax = None
     for n in range(7):
-        again = plot_schedule(np.full(10, n), 10, label=f"number {n}", ax=ax, title="Seven")
-        assert ax is None or again is ax
-        ax = again
-    assert len({colour(line) for line in ax.lines[:4]}) == 4 and len(ax.lines) == 7
+        ax = plot_schedule(np.full(10, n), 10, label=f"number {n}", ax=ax, title="Seven")
+    assert len({colour(line) for line in ax.lines[:4]}) == 4 and len(ax.lines) == 7 and len(plt.get_fignums()) == 1
     # get_linestyle() calls every dash tuple "--"; what is drawn is this:
     assert len({str(line._unscaled_dash_pattern) for line in ax.lines}) == 7
     assert list(ends(ax)) == [f"number {n}" for n in range(7)]  # each once, though every call labels
     assert ax.figure.get_suptitle() == "Seven"
-
-
-def test_a_style_of_ones_own():
     (line,) = plot_schedule(TRIANGLE, 10, color="red", linestyle=":").lines
     assert (line.get_color(), line.get_linestyle()) == ("red", ":")
 
 
 @pytest.mark.parametrize(
-    "arguments, match",
+    "schedule, updates, options, match",
     [
-        ((TRIANGLE, 11), r"shape \(10,\).*11 updates"),
-        ((lambda i: 0.5, 10), r"shape \(\).*10 updates"),
+        (TRIANGLE, 11, {}, r"11 updates.*shape \(10,\)"),
+        (lambda i: 0.5, 10, {}, r"10 updates.*shape \(\)"),
+        (new_clr(), 10, {"quantity": "lr"}, "quantity='lr'.*'learning rate'"),
+        (CyclicalLR((0.1, 0.5), 4), 10, {"quantity": "momentum"}, "quantity='momentum'.*CyclicalLR"),
+        *((new_clr(), updates, {}, f"updates={updates!r}") for updates in (0, -3, 2.5, "10", None)),
     ],
 )
-def test_a_schedule_without_one_value_per_update_is_refused(arguments, match):
+def test_what_cannot_be_drawn_as_a_schedule_is_refused(schedule, updates, options, match):
     with pytest.raises(ValueError, match=match):
-        plot_schedule(*arguments)
-
-
-def test_an_unknown_quantity_is_refused():
-    with pytest.raises(ValueError, match="quantity='lr'.*'learning rate'"):
-        plot_schedule(new_clr(), 10, quantity="lr")
-
-
-@pytest.mark.parametrize("updates", [0, -3, 2.5, "10", None])
-def test_updates_that_are_no_number_of_updates_are_refused(updates):
-    with pytest.raises((ValueError, TypeError), match="updates") as error:
-        plot_schedule(new_clr(), updates)
-    assert repr(updates) in str(error.value)
-
-
-def test_a_learning_rate_is_not_drawn_as_a_momentum():
-    with pytest.raises((ValueError, TypeError), match="momentum"):
-        plot_schedule(CyclicalLR((0.1, 0.5), 4), 10, quantity="momentum")
-
-
-# -------------------------------------------------------------------------------------------- label_ends
+        plot_schedule(schedule, updates, **options)
+    assert plt.get_fignums() == []
 
 
 def assert_apart(boxes, figure):
     boxes = list(boxes)
     assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
     for box in boxes:
-        assert (
-            figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
-        )
+        assert (box.min >= figure.bbox.min).all() and (box.max <= figure.bbox.max).all()
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
@@ -166,18 +141,18 @@ def test_labels_at_the_ends_are_clear_of_each_other_in_order_and_in_the_picture(
     assert heights == sorted(heights)
 
 
-def test_labels_follow_limits_that_change_later_and_curves_that_end_early():
+def test_labels_follow_limits_and_curves_that_end_early():
     (ax,) = new_axes()
-    ax.plot([0, 1, 2], [0, 1, 10], label="up")
-    ax.plot([0, 1, 2], [0, 5, np.nan], label="ends early")
+    ax.plot([0, 1, 2], [1, 2, 10], label="up")
+    ax.plot([0, 1, 2], [1, 5, np.nan], label="ends early")
     ax.plot([0, 1], [np.nan] * 2, label="never there")
-    label_ends(ax)
-    ax.set(ylim=(0, 20), yscale="linear")
-    boxes = ends(ax)
-    assert list(boxes) == ["up", "ends early"]
-    for name, height in (("up", 10), ("ends early", 5)):
-        middle = (boxes[name].y0 + boxes[name].y1) / 2
-        assert middle == pytest.approx(ax.transData.transform((0, height))[1], abs=4)
+    for limits in ({}, {"ylim": (1, 100), "yscale": "log"}, {"ylim": (7, 20), "yscale": "linear"}):
+        ax.set(**limits)
+        boxes = ends(label_ends(ax))
+        assert set(boxes) == {"up", "ends early"}
+        for name, height in (("up", 10), ("ends early", max(5, ax.get_ylim()[0]))):  # at the edge if it ends outside
+            middle = (boxes[name].y0 + boxes[name].y1) / 2
+    assert middle == pytest.approx(ax.transData.transform((0, height))[1], abs=12)
 
 
 def test_vertical_lines_are_labelled_on_top():
@@ -197,8 +172,6 @@ def test_a_title_is_wrapped_into_the_picture():
     assert box.x1 <= ax.figure.bbox.x1 and box.y0 > ax.bbox.y1
 
 
-# -------------------------------------------------------------------------------------------- plot_training
-
 LOSS = np.array([4.0, 2.0, 1.0, 0.5])
 
 
@@ -214,7 +187,7 @@ def test_training_is_drawn_on_three_axes_above_each_other():
 
 def test_training_without_momentum_can_be_drawn_into_axes_of_ones_own():
     figure, axes = plt.subplots(2)
-    assert plot_training(LOSS, TRIANGLE[:4], axes=axes) is axes
+    assert list(plot_training(LOSS, TRIANGLE[:4], axes=axes)) == list(axes)
     assert plt.get_fignums() == [figure.number]
     assert [len(ax.lines) for ax in axes] == [1, 2]
 
@@ -229,21 +202,11 @@ def test_training_without_one_value_per_update_is_refused(loss, rate, momentum):
     assert plt.get_fignums() == []
 
 
-# -------------------------------------------------------------------------------------------- plot_range_test
-
-
 def range_test(**fields):
     """What a sweep from 1e-4 to 1 would give that breaks at 0.4, without the sweep."""
     lr, loss = np.geomspace(1e-4, 1, 100), np.r_[np.full(40, 2.0), np.linspace(2, 0.5, 40), np.linspace(0.6, 90, 20)]
-    seen = {
-        "lr": lr,
-        "loss": loss,
-        "smoothed": loss,
-        "validation_lr": None,
-        "validation_loss": None,
-        "stopped": "The end.",
-    }
-    seen |= {"sweep": "exponential", "lr_bounds": (1e-4, 1), "num_steps": 100, "diverged_at": 0.9, "break_lr": 0.4}
+    seen = {"lr": lr, "loss": loss, "smoothed": loss, "validation_lr": None, "validation_loss": None}
+    seen |= {"stopped": "The end.", "sweep": "exponential", "diverged_at": 0.9, "break_lr": 0.4}
     methods = {"__init__": lambda self: None, "suggest": lambda self: (0.04, 0.02, 0.005, "Why.")}
     methods["bounds"] = lambda self: (0.005, 0.05)
     return type("Result", (RangeTest,), seen | methods | fields)()
@@ -255,17 +218,9 @@ def test_a_range_test_is_drawn_with_what_it_suggests():
     np.testing.assert_array_equal(ax.lines[1].get_xydata(), np.stack([result.lr, result.smoothed], axis=1))
     assert ax.get_xscale() == "log" and ax.get_ylim()[1] < 3  # not 90: that would flatten the rest
     at = {line.get_label(): line.get_xdata()[0] for line in ax.lines if not line.get_label().startswith("_")}
-    assert at == pytest.approx(
-        {
-            "validation": 0.1,
-            "min/10\n0.005": 0.005,
-            "steepest\n0.02": 0.02,
-            "valley\n0.04": 0.04,
-            "break\n0.4": 0.4,
-            "diverged\n0.9": 0.9,
-            "bounds\n0.005 to 0.05": (0.005 * 0.05) ** 0.5,
-        }
-    )
+    marks = {"min/10\n0.005": 0.005, "steepest\n0.02": 0.02, "valley\n0.04": 0.04, "break\n0.4": 0.4}
+    marks |= {"validation": 0.1, "diverged\n0.9": 0.9, "bounds\n0.005 to 0.05": (0.005 * 0.05) ** 0.5}
+    assert at == pytest.approx(marks)
     (band,) = ax.patches
     assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((0.005, 0.05))
     assert_apart(ends(ax).values(), ax.figure)
@@ -283,20 +238,10 @@ def test_a_range_test_that_suggests_nothing_is_drawn_without():
         plot_range_test(5)
 
 
-# -------------------------------------------------------------------------------------------- plots of experiments
-
-
 def row_of(run, seed, accuracy, *, momentum=(0.9, 0.8), data="mnist", last=0.5, diverged_at=None):
-    curve = {"update": [0, 10], "loss": [2.0 + seed, last], "learning_rate": [0.1, 0.2]}
-    curve["momentum"] = None if momentum is None else list(momentum)
-    return {
-        "run": run,
-        "seed": seed,
-        "data": data,
-        "test_accuracy": accuracy,
-        "diverged_at": diverged_at,
-        "curve": curve,
-    }
+    curve = {"update": [0, 10], "loss": [2.0 + seed, last], "learning_rate": [0.1, 0.2], "momentum": momentum}
+    row = {"run": run, "seed": seed, "data": data, "test_accuracy": accuracy, "diverged_at": diverged_at}
+    return row | {"code": "c0de", "curve": curve}
 
 
 def results_of(*rows):
@@ -313,7 +258,7 @@ def test_runs_are_drawn_as_means_in_a_band():
     assert [list(line.get_ydata()) for line in momentum.lines] == [[0.9, 0.8]]  # the other has none
     assert [list(line.get_ydata()) for line in loss.lines] == [[2.0, 0.5], [2.5, 0.5]]
     assert list(loss.lines[0].get_xdata()) == [0, 10]
-    band = loss.collections[1].get_paths()[0].vertices
+    band = loss.collections[1].get_paths()[0].vertices  # of 1cycle
     assert (band[band[:, 0] == 0, 1].min(), band[band[:, 0] == 0, 1].max()) == (2.0, 3.0)
     assert colour(rate.lines[1]) == colour(momentum.lines[0]) == colour(loss.lines[1]) != colour(loss.lines[0])
     assert list(ends(loss)) == ["a", "1cycle"] and rate.figure.get_suptitle() == "Two ways"
@@ -322,9 +267,7 @@ def test_runs_are_drawn_as_means_in_a_band():
 def test_a_mean_ends_where_one_of_its_losses_is_not_finite():
     axes = plot_runs(results_of(row_of("a", 0, 0.1, last=None, momentum=None), row_of("a", 1, 0.1, momentum=(0, 0))))
     assert len(axes) == 2  # no momentum, no panel
-    assert [list(line.get_xydata()[0]) for line in axes[-1].lines] == [[0, 2.5]] and len(
-        axes[-1].lines[0].get_xdata()
-    ) == 1
+    assert [line.get_xydata().tolist() for line in axes[-1].lines] == [[[0, 2.5]]]
 
 
 def test_comparison_draws_every_seed_the_mean_and_its_interval():
@@ -334,7 +277,7 @@ def test_comparison_draws_every_seed_the_mean_and_its_interval():
     assert sorted(x for row in points for x in row[:, 0]) == pytest.approx([10, 97, 99])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["1cycle", "a"]  # sorted by their means
     assert {round(y) for _, y in points[0]} != {round(y) for _, y in points[1]}
-    lines = [line.get_xydata() for line in ax.lines]
+    lines = [line.get_xydata() for line in ax.lines if len(line.get_xydata())]
     half = 12.706204736 * 1.0  # t for one degree of freedom, times the standard error of 97 and 99
     (interval,) = [xy[~np.isnan(xy[:, 0]), 0] for xy in lines if np.nanmax(xy[:, 0], initial=0) > 105]
     np.testing.assert_allclose([interval.min(), interval.max()], [98 - half, 98 + half])
@@ -379,7 +322,7 @@ def test_no_two_ways_look_the_same():
 
 @pytest.mark.parametrize("plot", [plot_runs, plot_comparison])
 def test_results_that_do_not_belong_together_are_refused(plot):
-    with pytest.raises(ValueError, match="0 ways"):
+    with pytest.raises(ValueError, match="0 ways|0 rows"):
         plot(RESULTS[:0])
     for mixed in ([*ROWS, ROWS[0]], [*ROWS, row_of("b", 0, 0.1, data="synthetic")]):
         with pytest.raises(ValueError, match="two lines with seed|mnist and synthetic"):
@@ -404,11 +347,13 @@ def test_differences_are_drawn_in_order_with_intervals_and_verdicts():
     ax = plot_differences(DIFFERENCES, title="Differences")
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a\nminus c", "b\nminus c", "a\nminus b"]
     assert [text.get_text() for text in ax.texts] == ["n = 10", "n = 2", "n = 5"]
-    drawn = [(bar.lines[0].get_xdata()[0], *bar.lines[2][0].get_segments()[0][:, 0]) for bar in ax.containers]
-    assert drawn == [(2, 1, 3), (0.5, -9, 10), (-1, -3, 1)]
-    points = [bar.lines[0] for bar in ax.containers]
-    assert [point.get_markerfacecolor() == "white" for point in points] == [False, True, True]
-    assert colour(points[0]) == colour(points[2]) != colour(points[1])
+    bars = {bar.get_label(): bar for bar in ax.containers}  # one row each
+    drawn = [(bar.lines[0].get_xdata()[0], *bar.lines[2][0].get_segments()[0].T[0]) for bar in bars.values()]
+    assert drawn == [(2, 1, 3), (-1, -3, 1), (0.5, -9, 10)]
+    points = {verdict: bar.lines[0] for verdict, bar in bars.items()}
+    assert [point.get_ydata()[0] for point in points.values()] == [0, 2, 1]
+    assert [verdict for verdict, point in points.items() if point.get_markerfacecolor() != "white"] == ["told apart"]
+    assert colour(points["told apart"]) == colour(points["not told apart"]) != colour(points["not judged"])
     assert ax.lines[0].get_xdata() == [0, 0]
     assert legend_of(ax) == ["told apart", "not told apart", "not judged"]
     given = plot_differences(DIFFERENCES[:2], order="given")
@@ -423,20 +368,14 @@ def marks(ax):
 
 
 @pytest.mark.parametrize("data", ["mnist", "synthetic"])
-def test_synthetic_data_are_written_across_the_figure(data, output, monkeypatch):
-    expected = int(data == "synthetic")
+def test_synthetic_data_are_written_across_the_figure(data, output):
     results = results_of(row_of("a", 0, 0.9, data=data))
-    assert marks(plot_comparison(RESULTS, results.assign(run="1cycle"))) == expected
-    assert marks(plot_runs(results)[0]) == expected
-    ax = plot_comparison(results, title="Once")
-    save_figure(ax, "x", data, "text")
-    assert marks(ax) == expected
-    ax = plot_schedule(TRIANGLE, 10, title="A triangle")
-    save_figure(ax, "y", data, "text")
-    assert marks(ax) == expected
-
-
-# --------------------------------------------------------------------------------------------------- smooth
+    pictures = [plot_comparison(RESULTS, results.assign(run="1cycle")), plot_runs(results)[0], triangle()]
+    pictures.append(plot_comparison(results, title="Once"))
+    for n, ax in enumerate(pictures):
+        if n > 1:
+            save_figure(ax, "x", data, "text")
+        assert marks(ax) == int(data == "synthetic")
 
 
 @pytest.mark.parametrize(
@@ -463,49 +402,42 @@ def test_smoothing_outside_its_range_is_refused(smoothing):
     assert repr(smoothing) in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- save_figure
-
-
 def triangle(**options):
     return plot_schedule(new_clr(), 10, title="A triangle", **options)
 
 
-@pytest.mark.parametrize("hand_over", [lambda ax: ax, lambda ax: ax.figure], ids=["axes", "figure"])
-def test_a_figure_is_written_with_its_text_at_the_size_of_the_series(output, hand_over):
+def test_a_figure_is_written_with_its_text_at_the_size_of_the_series_whatever_the_users_settings(output):
     alt = "A triangle: 0.1 to 0.5 – and back"  # the dash is not in Latin-1
-    save_figure(hand_over(triangle()), "01_triangle", alt=alt)
-    assert os.listdir(output) == ["01_triangle.png"]
-    with Image.open(output / "01_triangle.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.size == (960, 540)
-        assert picture.text["Description"] == alt
-        assert "Software" not in picture.text  # it would change the file with every version of matplotlib
-        shades = np.asarray(picture.convert("L"))
-    assert shades.min() < 100 and shades.max() == 255  # something is drawn
-    assert plt.get_fignums() == []
+    for hand_over in (lambda ax: ax, lambda ax: ax.figure):
+        with matplotlib.rc_context({"figure.dpi": 50, "savefig.dpi": 300, "figure.figsize": (3, 3)}):
+            save_figure(hand_over(triangle()), "01_triangle", alt=alt)
+        assert os.listdir(output) == ["01_triangle.png"] and plt.get_fignums() == []
+        with Image.open(output / "01_triangle.png") as picture:
+            assert (picture.format, picture.size, picture.text["Description"]) == ("PNG", (960, 540), alt)
+            assert "Software" not in picture.text  # it would change the file with every version of matplotlib
+            shades = np.asarray(picture.convert("L"))
+        assert shades.min() < 100 and shades.max() == 255  # something is drawn
+        os.remove(output / "01_triangle.png")
 
 
-def test_the_size_is_that_of_the_series_whatever_the_users_settings(output):
-    with matplotlib.rc_context({"figure.dpi": 50, "savefig.dpi": 300, "figure.figsize": (3, 3)}):
-        save_figure(plot_training(LOSS, LOSS, LOSS, title="Three curves")[0], "training", alt="Three curves")
-    with Image.open(output / "training.png") as picture:
-        assert picture.size == (960, 840)
-
-
-def test_the_same_figure_gives_the_same_bytes(output):
+def test_the_same_figure_gives_the_same_bytes_and_labels_that_fit_its_last_limits(output):
     contents = []
-    for _ in range(2):
-        save_figure(triangle(label="CLR"), "same", alt="A triangle")
+    for limits in ((0, 1), (0, 1), (0, 5)):
+        ax = triangle(label="CLR")
+        ax.set_ylim(limits)
+        save_figure(ax, "same", alt="A triangle")
         contents.append((output / "same.png").read_bytes())
-    assert contents[0] == contents[1]
+        (label,) = ax.texts
+        assert label.xyann[1] == pytest.approx(0.2 / limits[1], abs=0.05)
+    assert contents[0] == contents[1] != contents[2]
 
 
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_part(output, monkeypatch):
     save_figure(triangle(), "01_triangle", alt="A triangle")
     before = (output / "01_triangle.png").read_bytes()
 
-    def fail(self, path, **options):
-        pathlib.Path(path).write_bytes(b"half a picture")
+    def fail(self, file, **options):
+        file.write(b"half a picture")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
@@ -530,13 +462,23 @@ def test_a_name_with_folders_or_a_missing_text_is_refused(output, name, alt, mat
     ax = triangle()
     with pytest.raises(ValueError, match=match):
         save_figure(ax, name, alt=alt)
-    assert not output.exists() or os.listdir(output) == []
+    assert not output.exists()
+
+
+def test_the_alt_text_of_a_notebooks_figure_is_in_its_file(output, tmp_path, monkeypatch):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/07_alt.json").write_text('{"07_triangle": "Up – down"}', encoding="utf-8")
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    save_figure(triangle(), "07_triangle")
+    assert Image.open(output / "07_triangle.png").text["Description"] == "Up – down"
+    with pytest.raises(ValueError, match="'07_other' has no alt text.*07_alt.json"):
+        save_figure(triangle(), "07_other")
 
 
 def test_a_figure_without_a_title_is_refused(output):
-    with pytest.raises(ValueError, match="'x' has no title"):
-        save_figure(plot_schedule(new_clr(), 10), "x", alt="text")
     ax = plot_schedule(new_clr(), 10)
+    with pytest.raises(ValueError, match="'x' has no title"):
+        save_figure(ax, "x", alt="text")
     ax.set_title("of the axes")
     save_figure(ax, "x", alt="text")
 
@@ -565,9 +507,6 @@ def test_where_figures_go(tmp_path, monkeypatch, environment, folder):
     save_figure(triangle(), "x", alt="A triangle")
     (written,) = tmp_path.rglob("*.png")
     assert written.is_relative_to(folders[folder]) and written.parent.name == "figures"
-
-
-# -------------------------------------------------------------------------------------------- LossPerUpdate
 
 
 def fit_one_dense(optimizer, **options):
@@ -605,26 +544,16 @@ def test_several_updates_per_execution_are_refused():
         fit_one_dense(CLR((0.1, 0.1), 1), steps_per_execution=2)
 
 
-# ------------------------------------------------------------------------------------------ the small helpers
-
-
-@pytest.mark.parametrize("value", ["smoke", "quick", "full"])
-def test_profile_is_read_from_the_environment(monkeypatch, value):
-    monkeypatch.setenv("CLR_PROFILE", value)
-    assert profile() == value
-
-
-def test_profile_is_quick_unless_told_otherwise(monkeypatch):
+def test_profile_is_read_from_the_environment_and_quick_unless_told_otherwise(monkeypatch):
+    for value in ("smoke", "quick", "full"):
+        monkeypatch.setenv("CLR_PROFILE", value)
+        assert profile() == value
+    for value in ("fast", "", "Full"):
+        monkeypatch.setenv("CLR_PROFILE", value)
+        with pytest.raises(ValueError, match=f"CLR_PROFILE={value!r}.*smoke, quick or full"):
+            profile()
     monkeypatch.delenv("CLR_PROFILE")
     assert profile() == "quick"
-
-
-@pytest.mark.parametrize("value", ["fast", "", "Full"])
-def test_an_unknown_profile_is_refused(monkeypatch, value):
-    monkeypatch.setenv("CLR_PROFILE", value)
-    with pytest.raises(ValueError, match="smoke, quick or full") as error:
-        profile()
-    assert f"CLR_PROFILE={value!r}" in str(error.value)
 
 
 def test_mnist_network_is_that_of_the_blog_post():
@@ -642,6 +571,13 @@ def test_describe_machine_is_one_line_with_the_versions():
         assert part in line
 
 
+def in_a_new_process(code, folder):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    environment |= {"PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+
+
 def test_the_module_needs_matplotlib_and_seaborn_only_to_draw(tmp_path):
     # Keras itself imports matplotlib where there is one, so whether it is loaded tells nothing: take it away.
     code = """
@@ -654,8 +590,12 @@ try:
 except ImportError as error:
     print(error.name)
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = in_a_new_process(code, tmp_path)
     assert done.returncode == 0, done.stderr
     rate, missing = done.stdout.split()
     assert float(rate) == pytest.approx(0.3) and missing == "seaborn"
+
+
+def test_experiments_are_imported_in_silence(tmp_path):
+    done = in_a_new_process("import experiments", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
