@@ -869,6 +869,22 @@ def _recorded(model, optimizer, images, per_epoch):
     return recorded, batches
 
 
+def _batches_in_graph(images, labels, order, batch_size):
+    """The data in an order, as a tf.data pipeline that gathers batches from memory, ahead of the training."""
+    import tensorflow as tf
+
+    images, labels = tf.constant(images), tf.constant(labels)
+
+    def batch(chosen):
+        return tf.cast(tf.gather(images, chosen), tf.float32), tf.gather(labels, chosen)
+
+    # Without its autotuning: that thread sleeps longer each time, and the end of an epoch may wait for it.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    chosen = tf.data.Dataset.from_tensor_slices(order).batch(batch_size)
+    return chosen.map(batch).prefetch(8).with_options(options)
+
+
 class _Images(keras.layers.Layer):
     """Keeps all images on the device and takes batches of positions: no image travels during the training."""
 
