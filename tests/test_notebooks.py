@@ -99,9 +99,8 @@ def test_every_text_is_compared_or_marked_as_measured(notebook):
 
 def test_a_file_that_is_shown_is_shown_as_it_is():
     notebook = json.loads((ROOT / "notebooks" / "05_scaling_out.ipynb").read_text(encoding="utf-8"))
-    (shown,) = [output for output in outputs(notebook) if "text/html" in output.get("data", {})]
     script = (ROOT / "notebooks" / "05_data_parallel.py").read_text(encoding="utf-8")
-    assert output_text(shown) == script.rstrip("\n")
+    assert script.rstrip("\n") in map(output_text, outputs(notebook))
 
 
 def test_cells_whose_output_nbval_compares_have_one(notebook):
