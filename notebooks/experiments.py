@@ -263,13 +263,14 @@ def _in_blocks(draw, seed, size, block=1000):
     return images, labels
 
 
-def _draw_mnist(rng, n):
+def _draw_mnist(rng, n, side=28):
     """Digits in ten fonts with random slant, rotation, size, shift, brightness and noise; labels."""
     glyphs, labels = _digit_glyphs(), rng.integers(0, 10, n).astype(np.uint8)
     glyph = glyphs[rng.integers(0, len(glyphs), n), labels]
     angle, slant = rng.normal(0, 0.12, (n, 1, 1)), rng.normal(0.1, 0.3, (n, 1, 1))
     width, height = rng.uniform(0.55, 1.15, (n, 1, 1)), rng.uniform(0.75, 1.1, (n, 1, 1))
-    x, y = np.mgrid[:28, :28][::-1, None] - 13.5 - rng.uniform(-3.5, 3.5, (n, 2, 1, 1)).swapaxes(0, 1)
+    shift = rng.uniform(-3.5, 3.5, (n, 2, 1, 1)).swapaxes(0, 1)
+    x, y = np.mgrid[:side, :side][::-1, None] - (side - 1) / 2 - shift
     u = (x * np.cos(angle) + y * np.sin(angle)) / width + slant * y
     v = (y * np.cos(angle) - x * np.sin(angle)) / height
     u, v = (np.clip(w * 2.8 + 28, 0, 54.99).astype(np.float32) for w in (u, v))  # 20 image pixels to 56 of the glyph
@@ -279,6 +280,13 @@ def _draw_mnist(rng, n):
     image = ((1 - fy) * above + fy * below) * rng.uniform(0.5, 1.0, (n, 1, 1))
     image += 0.12 * rng.standard_normal(image.shape, np.float32)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), labels
+
+
+def _draw_cifar10(rng, n):
+    """The same on 32 x 32 pixels, in one random colour on another."""
+    images, labels = _draw_mnist(rng, n, side=32)
+    ink, colours = images[..., None] / np.float32(255), rng.uniform(0, 255, (n, 2, 1, 1, 3)).astype(np.float32)
+    return (ink * colours[:, 0] + (1 - ink) * colours[:, 1]).astype(np.uint8), labels[:, None]
 
 
 @functools.cache
@@ -303,30 +311,6 @@ def _digit_glyphs():
     return np.float32(glyphs).reshape(-1, 10, 56, 56)
 
 
-def _draw_cifar10(rng, n):
-    """Five shapes, striped or chequered, of random place, size, angle, colours and noise; label 2 * shape + texture."""
-    labels = rng.integers(0, 10, n)
-    shape, chequered = (labels // 2)[:, None, None], (labels % 2)[:, None, None] == 1
-    x, y = np.mgrid[:32, :32][::-1, None] - 15.5 - rng.uniform(-5, 5, (n, 2, 1, 1)).swapaxes(0, 1)
-    size, angle = rng.uniform(8, 13, (n, 1, 1)), rng.uniform(0, 2 * np.pi, (n, 1, 1))
-    period, phase = rng.uniform(3.5, 6, (n, 1, 1)), rng.uniform(0, 2 * np.pi, (n, 1, 1))
-    u, v = (x * np.cos(angle) + y * np.sin(angle)) / size, (y * np.cos(angle) - x * np.sin(angle)) / size
-    radius, theta = np.hypot(u, v), np.arctan2(v, u)
-    disc = radius < 0.85
-    square = np.maximum(abs(u), abs(v)) < 0.75
-    triangle = radius * np.cos((theta % (2 * np.pi / 3)) - np.pi / 3) < 0.5
-    ring = (radius > 0.5) & (radius < 1.0)
-    cross = (np.minimum(abs(u), abs(v)) < 0.28) & (radius < 1.0)
-    inside = np.choose(shape, [disc, square, triangle, ring, cross])[..., None]
-    wave_u, wave_v = np.sin(2 * np.pi * u * size / period + phase), np.sin(2 * np.pi * v * size / period)
-    light = (np.where(chequered, wave_u * wave_v, wave_u) > 0)[..., None]
-    colours = rng.uniform(0, 1, (n, 3, 1, 1, 3)).astype(np.float32)
-    image = np.where(inside, np.where(light, colours[:, 0], colours[:, 1]), colours[:, 2])
-    image = image + 0.01 * (x * rng.normal(size=(n, 1, 1))).astype(np.float32)[..., None]  # lit from one side
-    image += 0.08 * rng.standard_normal(image.shape, np.float32)
-    return (np.clip(image, 0, 1) * 255).astype(np.uint8), labels.astype(np.uint8)[:, None]
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Networks
 # ---------------------------------------------------------------------------------------------------------
@@ -334,53 +318,55 @@ def _draw_cifar10(rng, n):
 
 @keras.saving.register_keras_serializable(package="experiments")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """`keras.layers.BatchNormalization`, trained through the backend's fused kernel: the same mathematics, faster.
+    """`keras.layers.BatchNormalization` through the backend's fused kernel: the same mathematics, faster.
 
     Keras 3 computes mean, variance and the scaling one after the other, each a pass over memory in float32 (also for
-    half-precision inputs). TensorFlow and torch have one kernel for all of it. It is used in training where the
-    features are the last of four axes and nothing asks for more (masks, renorm, `synchronized`, JAX); everything else
-    goes Keras's own way, inference too. Arguments, weights, files and running statistics are those of Keras's layer.
+    half-precision inputs). TensorFlow and torch have one kernel for all of it. It is used where the features are the
+    last of four axes and nothing asks for more (masks, renorm, `synchronized`); everything else, and JAX, goes Keras's
+    own way. Arguments, weights, files and running statistics are those of Keras's layer.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.
     """
 
     def call(self, inputs, training=None, mask=None):
         fused = {"tensorflow": _fused_on_tensorflow, "torch": _fused_on_torch}.get(keras.backend.backend())
-        dtype = keras.backend.standardize_dtype(inputs.dtype)
         plain = mask is None and not self.synchronized and not getattr(self, "renorm", False)
-        plain = (
-            plain and len(inputs.shape) == 4 and self.axis in (-1, 3) and dtype in ("float32", "float16", "bfloat16")
-        )
-        if not (training and self.trainable and plain and fused):
+        plain = plain and len(inputs.shape) == 4 and self.axis in (-1, 3)
+        if not fused or not plain or keras.backend.standardize_dtype(inputs.dtype) == "float64":
             return super().call(inputs, training=training, mask=mask)
-        features = (inputs.shape[-1],)
-        gamma = ops.convert_to_tensor(self.gamma) if self.scale else ops.ones(features)
-        beta = ops.convert_to_tensor(self.beta) if self.center else ops.zeros(features)
-        outputs, mean, variance = fused(inputs, ops.cast(gamma, "float32"), ops.cast(beta, "float32"), self.epsilon)
-        for moving, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(moving * self.momentum + ops.stop_gradient(new) * (1.0 - self.momentum))
+        ones, statistics = ops.ones(inputs.shape[-1:], "float32"), None
+        gamma = ops.convert_to_tensor(self.gamma) if self.scale else ones
+        beta = ops.convert_to_tensor(self.beta) if self.center else 0 * ones
+        if not (training and self.trainable):
+            statistics = ops.convert_to_tensor(self.moving_mean), ops.convert_to_tensor(self.moving_variance)
+        outputs, *batch = fused(inputs, gamma, beta, self.epsilon, statistics)
+        if statistics is None:
+            for moving, new in zip((self.moving_mean, self.moving_variance), batch):
+                moving.assign(moving * self.momentum + ops.stop_gradient(new) * (1.0 - self.momentum))
         return ops.cast(outputs, self.compute_dtype)
 
 
-def _fused_on_tensorflow(x, gamma, beta, epsilon):
-    """(outputs, mean, variance of the batch), the last two (features,) in float32."""
+def _fused_on_tensorflow(x, gamma, beta, epsilon, statistics=None):
+    """(outputs, mean, variance of the batch), all but the outputs (features,) in float32. With `statistics`, a mean and
+    a variance, these are used in place of the batch's."""
     import tensorflow as tf
 
-    x = tf.convert_to_tensor(x)
-    outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=x, scale=gamma, offset=beta, mean=[], variance=[], epsilon=epsilon, is_training=True
-    )
+    mean, variance = statistics or ([], [])
+    x, training = tf.convert_to_tensor(x), statistics is None
+    arguments = {"scale": gamma, "offset": beta, "mean": mean, "variance": variance}
+    outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(x=x, epsilon=epsilon, is_training=training, **arguments)
     values = tf.cast(tf.size(x) // x.shape[-1], tf.float32)
-    return outputs, mean, variance * (values - 1) / values  # the kernel returns the variance over n - 1, Keras keeps n
+    return outputs, mean, variance * (values - 1) / values  # the kernel's variance is over n - 1, Keras's over n
 
 
-def _fused_on_torch(x, gamma, beta, epsilon):
+def _fused_on_torch(x, gamma, beta, epsilon, statistics=None):
     """The same on torch, whose kernel wants the features in front; the view costs nothing."""
     import torch
 
-    x = x.permute(0, 3, 1, 2)
-    mean, variance = torch.zeros_like(gamma), torch.zeros_like(gamma)
-    outputs = torch.nn.functional.batch_norm(x, mean, variance, gamma, beta, training=True, momentum=1.0, eps=epsilon)
+    x, training = x.permute(0, 3, 1, 2), statistics is None
+    mean, variance = statistics or (torch.zeros_like(gamma), torch.zeros_like(gamma))
+    batch_norm = torch.nn.functional.batch_norm
+    outputs = batch_norm(x, mean, variance, gamma, beta, training=training, momentum=1.0, eps=epsilon)
     values = x.numel() // x.shape[1]
     return outputs.permute(0, 2, 3, 1), mean, variance * (values - 1) / values
 
@@ -494,7 +480,7 @@ def _gpu_names(backend):
 # ---------------------------------------------------------------------------------------------------------
 
 PROCEDURE = 1  # part of every run's code: raise it with a change to `_train` that changes what it gives
-NOT_OURS = ("builtins", "clr_utils", "experiments", "jax", "keras", "numpy", "tensorflow", "torch")
+LIBRARIES = ("builtins", "clr_utils", "experiments", "jax", "keras", "numpy", "tensorflow", "torch")
 
 
 def code_of(run, train_size, test_size, part="test"):
@@ -624,51 +610,45 @@ def _simple(value):
 
 
 def _own_sources(model, optimizer):
-    """The source of every function and class that is not a library's, and the values that these refer to."""
-    found, seen = [], set()
+    """The source of your own functions and classes among what the two are made of, and the values that it refers to."""
+    found, seen = [], {}  # seen keeps what it has seen alive, or another object could have its id
 
     def is_own(thing):
-        return (getattr(thing, "__module__", None) or "").split(".")[0] not in NOT_OURS + tuple(sys.stdlib_module_names)
+        return (thing.__module__ or "").split(".")[0] not in (*LIBRARIES, *sys.stdlib_module_names)
 
     def look(thing, owned):
-        """owned: whether it is one of your own things that refers to this one."""
-        simple = _simple(thing)
-        if simple is not None and not isinstance(thing, (list, tuple, dict, set)):
-            return found.append(simple) if owned else None
+        """owned: whether it is one of your own that refers to this thing."""
         if id(thing) in seen or isinstance(thing, (keras.Variable, keras.KerasTensor, types.ModuleType)):
-            return None
-        seen.add(id(thing))
+            return
+        seen[id(thing)], parts = thing, []
+        if (simple := _simple(thing)) is not None:
+            found.extend([simple] if owned else [])
         if isinstance(thing, (list, tuple, set, frozenset)):
-            return [look(v, owned) for v in thing] and None
-        if isinstance(thing, dict):
-            return [look(v, owned) for v in thing.values()] and None
-        if isinstance(thing, functools.partial):
-            return look([thing.func, thing.args, thing.keywords], owned)
-        if isinstance(thing, types.MethodType):
-            return look([thing.__func__, thing.__self__], owned)
-        if isinstance(thing, types.FunctionType):
-            if is_own(thing):
-                found.append(_source(thing))
-                refers = inspect.getclosurevars(thing)
-                look([thing.__defaults__, thing.__kwdefaults__, refers.nonlocals, refers.globals], True)
-            return None
-        if isinstance(thing, type):
-            return [found.append(_source(base)) for base in thing.__mro__ if is_own(base)] and None
-        kind = type(thing)
-        if is_own(kind):
-            look([kind, _public(thing)], True)
-        elif kind.__module__.split(".")[0] in ("keras", "clr_utils", "experiments"):
-            look(_public(thing) | {"learning rate": getattr(thing, "_learning_rate", None)}, False)
-        return None
+            parts = thing
+        elif isinstance(thing, dict):
+            parts = thing.values()
+        elif isinstance(thing, functools.partial):
+            parts = [thing.func, thing.args, thing.keywords]
+        elif isinstance(thing, types.MethodType):
+            parts = [thing.__func__, thing.__self__]
+        elif isinstance(thing, types.FunctionType) and is_own(thing):
+            owned, names = True, inspect.getclosurevars(thing)
+            parts = [thing.__defaults__, thing.__kwdefaults__, names.nonlocals, names.globals]
+            found.append(_source(thing))
+        elif isinstance(thing, type):
+            found.extend(_source(base) for base in thing.__mro__ if is_own(base))
+        elif type(thing).__module__.split(".")[0] in ("keras", "clr_utils", "experiments") or is_own(type(thing)):
+            owned = is_own(type(thing))
+            parts = [type(thing), getattr(thing, "_learning_rate", None)]
+            parts += (
+                [value for name, value in vars(thing).items() if name[0] != "_"] if hasattr(thing, "__dict__") else []
+            )
+        for part in parts:
+            look(part, owned)
 
-    for layer in model._flatten_layers():
-        look(layer, False)
-    look(optimizer, False)
+    for thing in (*model._flatten_layers(), optimizer):
+        look(thing, False)
     return found
-
-
-def _public(thing):
-    return {name: value for name, value in getattr(thing, "__dict__", {}).items() if name[0] != "_"}
 
 
 def _source(thing):
