@@ -25,6 +25,8 @@ options = parser.parse_args()
 if options.devices:  # JAX reads these when it starts
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
+    # In a pool of two threads, as two cores get it, devices can wait for each other for ever.
+    os.environ.setdefault("PJRT_NPROC", "16")
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # clr_utils.py, if it is not here
 import experiments  # noqa: E402  # isort: skip  # Keras too, without TensorFlow's greetings
