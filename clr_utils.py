@@ -1,21 +1,18 @@
-"""Cyclical learning rates for Keras 3: schedules, an optimizer, data and plots in one file.
+"""Cyclical learning rates for Keras 3, in one file to copy: schedules, an optimizer, the LR range test, pictures.
 
-Copy the file, or one section of it with the imports below; every section can be read alone.
-
-    Schedules    triangular, triangular2, exp_range, cosine, one_cycle: pure functions of the update number
+    Schedules    triangular, triangular2, exp_range, cosine, cosine_restarts, one_cycle, trapezoid:
+                 pure functions of the update number
     Optimizer    CLR: SGD whose learning rate and momentum cycle inside the training graph
                  CyclicalLR: the same learning rates for Adam, AdamW and every other Keras optimizer
-    Data         load_mnist, load_cifar10: local copy, cache, download, or a labelled synthetic stand-in; hold_out
-    Models       mnist_network: the small convolutional network of the series; rescaled: for raw images
-    Training     LossPerUpdate: the loss of each update; profile, describe_machine
+                 current_values: the learning rate and momentum of the coming update
     Range test   lr_range_test: the learning rates that a model tolerates, found without leaving a trace in it
-    Experiments  Run, run_experiment, read_results: one training a line in figures/results
-                 summarise, compare, results_table: what the lines say, with intervals
-    Plots        plot_schedule, plot_training, plot_range_test, plot_runs, plot_comparison, save_figure
+    Plots        plot_schedule, plot_training, plot_range_test
 
 Words: an *update* (or *iteration*) is one step of the optimizer, counted from 0. *bounds* are the lowest and
 the highest learning rate, *momentum_bounds* the momentum at each of the two, and *steps* is the number of
 updates in HALF a cycle (the "stepsize" of Smith 2017, arXiv:1506.01186, section 3).
+
+It needs numpy and Keras, and for the pictures matplotlib and seaborn. Importing it changes no setting.
 """
 
 import contextlib
@@ -27,6 +24,7 @@ import numbers
 import random
 import sys
 import threading
+import warnings
 from typing import NamedTuple
 
 import keras
@@ -36,26 +34,21 @@ from keras import ops
 # ---------------------------------------------------------------------------------------------------------
 # Schedules: f(iteration, bounds, steps) -> value
 #
-# Each takes the update number as an int, an integer numpy array (both computed in float64) or an integer
-# tensor of the backend (float32, traceable), and gives the value at that update in the same kind.
-# Adding a schedule: write a function with this signature and name it in STEP_FUNCTIONS.
+# iteration is the number of the update, from 0: an int or an integer array (both computed in float64), or an
+# integer tensor of the backend (float32, may be traced); the value comes back in the same kind. To change a
+# further argument, hand `functools.partial(one_cycle, peak=0.3)` to CLR. To add a schedule, write a function
+# with this signature and name it in STEP_FUNCTIONS.
 # ---------------------------------------------------------------------------------------------------------
 
 
 def triangular(iteration, bounds, steps):
-    """Straight up from bounds[0] to bounds[1] in `steps` updates, straight down in as many, again and again.
-
-    Source: Smith 2017, arXiv:1506.01186, section 3 ("triangular").
-    """
+    """Straight up from bounds[0] to bounds[1] and down, `steps` updates each (Smith, arXiv:1506.01186, section 3)."""
     xp, iteration = _numbers_of(iteration)
     return _between(xp, bounds, _triangle(xp, iteration, steps))
 
 
 def triangular2(iteration, bounds, steps):
-    """The triangle with its amplitude halved after each cycle; the lower bound stays.
-
-    Source: Smith 2017, arXiv:1506.01186, section 3 ("triangular2").
-    """
+    """The triangle, its amplitude halved after each cycle; the lower bound stays (arXiv:1506.01186, section 3)."""
     xp, iteration = _numbers_of(iteration)
     # exp2 of a negative number fades to 0; 1 / 2**cycle overflows after some thousand cycles.
     shrink = xp.exp2(-_to_float(xp, iteration // (2 * steps)))
@@ -65,11 +58,13 @@ def triangular2(iteration, bounds, steps):
 def exp_range(iteration, bounds, steps, gamma=0.99994):
     """The triangle with its amplitude multiplied by gamma**iteration; the lower bound stays.
 
-    Smith's paper lets both bounds decline by that factor; the callbacks and libraries that made the name
-    popular, and this function, shrink the amplitude only. The exponent counts from the start of training,
-    not from the start of the cycle. Source: arXiv:1506.01186, section 3, and github.com/bckenstler/CLR.
+    In Smith's paper both bounds decline; the callbacks that made the name popular, and this function, shrink the
+    amplitude only. The exponent counts from the start of training, not of the cycle.
 
-    gamma: a number in (0, 1]. To choose one, hand `functools.partial(exp_range, gamma=0.999)` to CLR.
+    Source: Smith 2017, arXiv:1506.01186, section 3; github.com/bckenstler/CLR.
+
+    Args:
+        gamma: factor per update, in (0, 1].
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma={gamma!r}: exp_range needs a factor per update in (0, 1], for example 0.9999.")
@@ -87,26 +82,46 @@ def cosine(iteration, bounds, steps):
     return _between(xp, bounds, _rounded(xp, _triangle(xp, iteration, steps)))
 
 
+def cosine_restarts(iteration, bounds, steps, factor=1):
+    """From bounds[1] by half a cosine towards bounds[0], which the update of the restart would reach; and again.
+
+    The first fall takes 2 * steps updates: a whole cycle, as of the other schedules.
+
+    Source: Loshchilov & Hutter 2017, arXiv:1608.03983, section 3 (2 * steps is their T_0, factor their T_mult).
+
+    Args:
+        factor: each fall is this many times as long as the one before; an int of at least 1.
+    """
+    if not isinstance(factor, int) or factor < 1:
+        raise ValueError(f"factor={factor!r}: give the growth of the falls as an int of at least 1.")
+    xp, iteration = _numbers_of(iteration)
+    first = 2 * steps
+    if factor == 1:
+        start = iteration - iteration % first
+    else:  # look among all starts that the counter can reach: a logarithm would miss the cycle by one at times
+        dtype, starts = keras.backend.standardize_dtype(iteration.dtype), [0]
+        while starts[-1] * factor + first <= np.iinfo(dtype).max:
+            starts.append(starts[-1] * factor + first)
+        starts = xp.array(starts, dtype)
+        start = xp.max(xp.where(iteration[..., None] >= starts, starts, 0), axis=-1)
+    fallen = _to_float(xp, iteration - start) / (_to_float(xp, start) * (factor - 1.0) + float(first))
+    return _between(xp, bounds, 1.0 - _rounded(xp, fallen))
+
+
 def one_cycle(iteration, bounds, steps, peak=0.45, tail=0.1, final=1e-3, shape="linear"):
     """One cycle for a run of 2 * steps updates: up to bounds[1], down to bounds[0], then a tail that falls further.
 
     The last update of the run (number 2 * steps - 1) has the value final * bounds[0], and so has every later one.
-
-    peak: where the top is, as a share of the run. The default puts it in the middle of what the tail leaves.
-    tail: share of the run for the last fall, from bounds[0] to final * bounds[0]. With tail=0 the descent leads
-        straight from the top to the final value (the two-phase form that fastai and PyTorch have as default).
-    final: the last value as a fraction of bounds[0].
-    shape: "linear" or "cosine" (each of the three pieces is then half a cosine).
-    To change one, hand `functools.partial(one_cycle, peak=0.3)` to CLR.
-
     Source: Smith & Topin 2018, arXiv:1708.07120, section 3; Smith 2018, arXiv:1803.09820, section 4.
+
+    Args:
+        peak: where the top is, as a share of the run. The default is the middle of what the tail leaves.
+        tail: share of the run for the fall below bounds[0]. With tail=0 the descent leads straight from the top to
+            the final value, as the default of fastai and PyTorch does.
+        final: the last value as a fraction of bounds[0].
+        shape: "linear" or "cosine" (each of the three pieces is then half a cosine).
     """
-    if not (0 <= peak <= 1 and 0 <= tail <= 1 and peak + tail <= 1):
-        raise ValueError(f"peak={peak!r}, tail={tail!r}: both are shares of the run, and peak + tail must not pass 1.")
-    if not 0 <= final <= 1:
-        raise ValueError(f"final={final!r}: one_cycle ends at final * bounds[0], so it must be in [0, 1].")
-    if shape not in ("linear", "cosine"):
-        raise ValueError(f"shape={shape!r}: one_cycle knows 'linear' and 'cosine'.")
+    _check_run({"peak": peak, "tail": tail}, final, shape, ("linear", "cosine"))
     xp, iteration = _numbers_of(iteration)
     low, high = bounds
     last = 2 * steps - 1
@@ -127,14 +142,44 @@ def one_cycle(iteration, bounds, steps, peak=0.45, tail=0.1, final=1e-3, shape="
     return value[()] if xp is np else value  # numpy.where makes an array of a number
 
 
+def trapezoid(iteration, bounds, steps, warmup=0.05, decay=0.2, final=1e-3, shape="linear"):
+    """Warm-up, flat, fall (WSD) for a run of 2 * steps updates: up to bounds[1], along it, down to final * bounds[0].
+
+    It ends as one_cycle does. Source: Hägele and others 2024, arXiv:2405.18392, section 3 (their "cooldown").
+
+    Args:
+        warmup: share of the run for the straight rise from bounds[0]. With warmup=0 it starts at the top.
+        decay: share of the run for the fall; at least the last update.
+        final: the last value as a fraction of bounds[0]; 0 for a fall to nothing.
+        shape: of the fall: "linear", or "1-sqrt", which falls fast at first and slowly at the end.
+    """
+    _check_run({"warmup": warmup, "decay": decay}, final, shape, ("linear", "1-sqrt"))
+    xp, iteration = _numbers_of(iteration)
+    last = 2 * steps - 1
+    foot = min(round((1 - decay) * last), last - 1)  # the last update at the top
+    top = min(max(1, round(warmup * last)), max(1, foot)) if warmup else 0
+    iteration = xp.minimum(iteration, last)
+    rise = _between(xp, bounds, _share(xp, iteration, top)) if top else float(bounds[1])
+    fallen = _share(xp, xp.maximum(iteration - foot, 0), last - foot)
+    fall = _between(xp, (final * bounds[0], bounds[1]), 1.0 - (xp.sqrt(fallen) if shape == "1-sqrt" else fallen))
+    value = xp.where(iteration <= foot, rise, fall)
+    return value[()] if xp is np else value
+
+
 STEP_FUNCTIONS = {
-    "triangular": triangular,
-    "triangular2": triangular2,
-    "exp_range": exp_range,
-    "cosine": cosine,
-    "one_cycle": one_cycle,
-    "one_cycle_cosine": functools.partial(one_cycle, shape="cosine"),
+    function.__name__: function
+    for function in (triangular, triangular2, exp_range, cosine, cosine_restarts, one_cycle, trapezoid)
 }
+STEP_FUNCTIONS["one_cycle_cosine"] = functools.partial(one_cycle, shape="cosine")
+
+
+def _check_run(shares, final, shape, shapes):
+    if not (min(shares.values()) >= 0 and sum(shares.values()) <= 1 and 0 <= final <= 1 and shape in shapes):
+        given = ", ".join(f"{name}={value!r}" for name, value in {**shares, "final": final, "shape": shape}.items())
+        raise ValueError(
+            f"{given}: {' and '.join(shares)} are shares of the run, each at least 0 and together at most 1; final is "
+            f"in [0, 1], a fraction of bounds[0]; shape is one of {', '.join(shapes)}."
+        )
 
 
 def _numbers_of(iteration):
@@ -185,12 +230,19 @@ def _between(xp, bounds, height):
 class CyclicalLR(keras.optimizers.schedules.LearningRateSchedule):
     """A cyclical learning rate for any Keras optimizer: `keras.optimizers.AdamW(CyclicalLR((1e-4, 3e-3), 400))`.
 
-    Same arguments and errors as CLR, which cycles the momentum too. With gradient accumulation Keras counts
-    batches here, so multiply `steps` by `gradient_accumulation_steps`.
-
     Before `load_weights` into a freshly compiled model call `optimizer.build(model.trainable_variables)`:
-    otherwise Keras skips the optimizer's state with no more than a warning, and the cycle starts anew.
-    (CLR takes care of that itself.)
+    otherwise Keras skips the optimizer's state with a mere warning, and the cycle starts anew. (CLR needs no build.)
+
+    Args:
+        bounds: the lowest and the highest learning rate, two finite numbers, 0 <= low <= high.
+        steps: updates in half a cycle, a whole number of at least 1 (of one_cycle and trapezoid: in half of the
+            run). With gradient_accumulation_steps=k Keras counts batches, not updates: give k times as many.
+        step_function: a name from STEP_FUNCTIONS, or any callable f(iteration, bounds, steps) -> value built from
+            arithmetic and keras.ops, or a functools.partial of one with keyword arguments. To save a model that
+            uses your own, decorate it with @keras.saving.register_keras_serializable().
+
+    Raises:
+        ValueError, TypeError: for other arguments.
     """
 
     def __init__(self, bounds=(0.01, 3.0), steps=15, step_function="triangular"):
@@ -208,15 +260,11 @@ class CyclicalLR(keras.optimizers.schedules.LearningRateSchedule):
     def height_at(self, iteration):
         """How far up the cycle an update is: 0 at the lower bound, 1 at the upper, clipped to the two."""
         height = self.step_function(iteration, (0.0, 1.0), self.steps)
-        xp = np if isinstance(height, (numbers.Number, np.ndarray)) else ops
-        return xp.clip(height, 0.0, 1.0)
+        return (ops if ops.is_tensor(height) else np).clip(height, 0.0, 1.0)
 
     def get_config(self):
-        return {
-            "bounds": list(self.bounds),
-            "steps": self.steps,
-            "step_function": _describe_step_function(self.step_function),
-        }
+        step_function = _describe_step_function(self.step_function)
+        return {"bounds": list(self.bounds), "steps": self.steps, "step_function": step_function}
 
 
 @keras.saving.register_keras_serializable(package="clr_utils")
@@ -228,75 +276,59 @@ class CLR(keras.optimizers.Optimizer):
     do not move the cycle. With learning rate lr and momentum m of the update, gradient g and velocity v:
 
         v = m * v - lr * g
-        w = w + v                       (nesterov: w = w + m * v - lr * g)
+        w = w + v            (nesterov: w = w + m * v - lr * g)
 
     This is the form of keras.optimizers.SGD and of Caffe. PyTorch keeps lr outside of v, which is the same
     while lr is constant and differs slightly while it moves.
 
-        model.compile(CLR([0.0005, 0.002], momentum_bounds=[0.95, 0.8], steps=40), "sparse_categorical_crossentropy")
+    `learning_rate` and `momentum` are the values of the coming update. Nothing else can set them: callbacks such as
+    ReduceLROnPlateau are refused. Source: Smith 2017, arXiv:1506.01186; momentum: 2018, arXiv:1803.09820, section 4.3.
 
-    bounds: lowest and highest learning rate, two finite numbers, 0 <= low <= high.
-    steps: updates in half a cycle, a whole number of at least 1 (for one_cycle: half of the run). With
-        gradient_accumulation_steps=k Keras's counter counts batches, not updates: give k times as many.
-    momentum_bounds: the momentum at the lowest and at the highest learning rate, normally falling, as in
-        (0.95, 0.85); or one number for a constant momentum. Each in [0, 1). It follows the height of the
-        learning rate between its bounds, and rests at the first where the rate is below the lower bound.
-    step_function: a name from STEP_FUNCTIONS, or any callable f(iteration, bounds, steps) -> value built from
-        arithmetic and keras.ops, or a functools.partial of one with keyword arguments. To save a model that
-        uses your own, decorate it with @keras.saving.register_keras_serializable().
-    nesterov: whether to use Nesterov momentum.
-    weight_decay ... name: as for keras.optimizers.SGD. Keras multiplies weight_decay by the current learning
-        rate, so it cycles along.
+    Args:
+        bounds, steps, step_function: as for CyclicalLR.
+        momentum_bounds: the momentum at the lowest and at the highest learning rate, normally falling, as in
+            (0.95, 0.85); or one number for a constant momentum. Each in [0, 1). It follows the height of the
+            cycle, step_function(i, (0, 1), steps) between 0 and 1, so it rests at the first in a tail below low.
+        nesterov: whether to use Nesterov momentum.
+        **kwargs: weight_decay (Keras multiplies it by the current learning rate, so it cycles along), clipnorm,
+            clipvalue, global_clipnorm, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor and
+            gradient_accumulation_steps: as for keras.optimizers.SGD.
 
-    `learning_rate` and `momentum` give the values of the coming update at any time, `learning_rate_at(i)` and
-    `momentum_at(i)` those of any update i (int or integer array). See `current_values` for wrapped optimizers.
-
-    Raises ValueError or TypeError for arguments outside these limits, and ValueError when saved variables do
-    not fit. Source: Smith 2017, arXiv:1506.01186; momentum: Smith 2018, arXiv:1803.09820, section 4.3.
+    Raises:
+        ValueError, TypeError: for other arguments, for a saved state that does not fit, and for setting the rate.
     """
 
     def __init__(
-        self,
-        bounds=(0.01, 3.0),
-        steps=15,
-        momentum_bounds=0.0,
-        step_function="triangular",
-        nesterov=False,
-        weight_decay=None,
-        clipnorm=None,
-        clipvalue=None,
-        global_clipnorm=None,
-        use_ema=False,
-        ema_momentum=0.99,
-        ema_overwrite_frequency=None,
-        loss_scale_factor=None,
-        gradient_accumulation_steps=None,
-        name="CLR",
-        **kwargs,
+        self, bounds=(0.01, 3.0), steps=15, momentum_bounds=0.0, step_function="triangular", nesterov=False, **kwargs
     ):
         if "learning_rate" in kwargs or "momentum" in kwargs:
             raise TypeError(
-                "CLR takes no learning_rate and no momentum: give bounds=(lowest, highest) and momentum_bounds."
+                "CLR takes bounds=(lowest, highest) and momentum_bounds in place of learning_rate and momentum."
             )
         momentum_bounds = _checked_momentum_bounds(momentum_bounds)
-        super().__init__(
-            learning_rate=CyclicalLR(bounds, steps, step_function),
-            weight_decay=weight_decay,
-            clipnorm=clipnorm,
-            clipvalue=clipvalue,
-            global_clipnorm=global_clipnorm,
-            use_ema=use_ema,
-            ema_momentum=ema_momentum,
-            ema_overwrite_frequency=ema_overwrite_frequency,
-            loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            name=name,
-            **kwargs,
-        )
+        super().__init__(learning_rate=CyclicalLR(bounds, steps, step_function), **{"name": "CLR", **kwargs})
         self.momentum_bounds = momentum_bounds
         self.nesterov = bool(nesterov)
-        self._step_momentum = None  # the momentum tensor while an update is being made or traced
-        self._state_to_restore = None  # variables loaded before build() has made the velocities
+        self._loaded = None  # variables that were loaded before build() has made room for them
+
+    @property
+    def learning_rate(self):
+        """The learning rate of the coming update, a float32 scalar tensor."""
+        _refuse_reduce_lr_on_plateau()
+        return super().learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value):
+        raise _not_settable(f"learning_rate={value!r}")
+
+    @property
+    def _slots(self):  # how many variables it keeps for each of the model's
+        return bool(self.use_ema) + bool(self.gradient_accumulation_steps) + bool(max(self.momentum_bounds))
+
+    @property
+    def momentum(self):
+        """The momentum of the coming update, a float32 scalar tensor."""
+        return ops.cast(self.momentum_at(ops.convert_to_tensor(self._iterations)), "float32")
 
     def learning_rate_at(self, iteration):
         """The learning rate of an update: a number for an int, an array for an integer array."""
@@ -305,38 +337,31 @@ class CLR(keras.optimizers.Optimizer):
     def momentum_at(self, iteration):
         """The momentum of an update: a number for an int, an array for an integer array."""
         height = self._learning_rate.height_at(iteration)
-        return _between(np if isinstance(height, (numbers.Number, np.ndarray)) else ops, self.momentum_bounds, height)
-
-    @property
-    def momentum(self):
-        """The momentum of the coming update, a float32 scalar tensor like `learning_rate`."""
-        return ops.cast(self.momentum_at(ops.convert_to_tensor(self._iterations)), "float32")
+        return _between(ops if ops.is_tensor(height) else np, self.momentum_bounds, height)
 
     def build(self, variables):
+        if self._loaded is not None:  # checked before anything is made, so that a second try is refused as well
+            shapes = [tuple(v.shape) for v in variables if not self._overwrite_variable_with_gradient(v)]
+            self._check_fits(self._loaded, [(), *shapes * self._slots])
         super().build(variables)
-        self.velocities = []
-        if max(self.momentum_bounds) > 0:
-            self.velocities = self.add_optimizer_variables(variables, "velocity")
-        if self._state_to_restore is not None:
-            saved, self._state_to_restore = self._state_to_restore, None
+        self.velocities = self.add_optimizer_variables(variables, "velocity") if max(self.momentum_bounds) else []
+        if self._loaded is not None:
             with _outside_of_tracing():
-                self._restore(saved)
+                self._restore(self._loaded)
+            self._loaded = None
 
-    def apply(self, grads, trainable_variables=None):
-        # Once per update instead of once per variable: that is the difference between free and noticeable.
-        self._step_momentum = self.momentum
-        try:
-            super().apply(grads, trainable_variables)
-        finally:
-            self._step_momentum = None
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        # The momentum goes along: computed once per update, it is free; once per variable, it is noticeable.
+        super()._backend_update_step(grads, trainable_variables, (learning_rate, self.momentum))
 
     def update_step(self, gradient, variable, learning_rate):
-        learning_rate = ops.cast(learning_rate, variable.dtype)
-        step = ops.multiply(ops.cast(gradient, variable.dtype), learning_rate)
+        """Updates one variable. learning_rate: the rate, or the rate and the momentum as a tuple."""
+        rate, momentum = learning_rate if isinstance(learning_rate, tuple) else (learning_rate, self.momentum)
+        step = ops.multiply(ops.cast(gradient, variable.dtype), ops.cast(rate, variable.dtype))
         if not self.velocities:
             self.assign_sub(variable, step)
             return
-        momentum = ops.cast(self._step_momentum, variable.dtype)
+        momentum = ops.cast(momentum, variable.dtype)
         velocity = self.velocities[self._get_variable_index(variable)]
         new_velocity = ops.subtract(ops.multiply(velocity, momentum), step)
         self.assign(velocity, new_velocity)
@@ -345,59 +370,89 @@ class CLR(keras.optimizers.Optimizer):
         self.assign_add(variable, new_velocity)
 
     def load_own_variables(self, store):
-        """Takes the variables of a saved CLR, also before `build`: they are then put in place by `build`.
-
-        Keras's optimizers skip them in that case with a warning, and the cycle would silently start anew.
-        """
+        """Takes the variables of a saved CLR, also before `build`, which then puts them in place. Keras would not."""
         saved = [np.asarray(store[str(i)]) for i in range(len(store.keys()))]
-        if self.built:
+        # A LossScaleOptimizer, which Keras wraps around it under mixed_float16, saves four numbers of its own first:
+        # an iteration, which stays 0, a learning rate, a counter, and the scale.
+        if len(saved) > 4 and not any(v.ndim for v in saved[:4]) and saved[0] == 0 < saved[3]:
+            saved = saved[4:]
+        if not saved:  # as Keras's optimizers do
+            message = "weights saved without optimizer, or not under mixed_float16 as here. The cycle does not resume."
+            warnings.warn(f"Nothing in the file for optimizer '{self.name}': {message}", stacklevel=2)
+        elif all(v.shape == () and v == 0 for v in saved):  # saved before its first update, maybe unbuilt: as new
+            self._loaded = None
+            self._restore([np.zeros(v.shape) for v in self.variables])
+        elif self.built:
+            self._check_fits(saved, [tuple(v.shape) for v in self.variables])
             self._restore(saved)
         else:
+            self._check_fits(saved)
+            self._loaded = saved
             self._iterations.assign(saved[0])
-            self._state_to_restore = saved
 
     def save_own_variables(self, store):
-        if self._state_to_restore is None:
+        if self._loaded is None:
             super().save_own_variables(store)
-        else:  # loaded, but not built since: hand on what was loaded
-            for i, value in enumerate(self._state_to_restore):
+        else:  # not built since: hand on what was loaded
+            for i, value in enumerate(self._loaded):
                 store[str(i)] = value
 
-    def _restore(self, saved):
-        if len(saved) == 1 and saved[0] == 0:  # saved before its first update, maybe before it was built: as new
-            saved = [np.zeros(v.shape) for v in self.variables]
-        if [v.shape for v in saved] != [tuple(v.shape) for v in self.variables]:
-            raise ValueError(
-                f"The saved optimizer has {len(saved)} variables, this {self.name} has {len(self.variables)}, or their "
-                "shapes differ: it was saved with another model or other settings (momentum_bounds zero or not, "
-                "use_ema, gradient_accumulation_steps). Compile with the same settings. Or take the weights alone and "
-                "start the cycle anew: first optimizer.build(model.trainable_variables), then "
-                "load_weights(path, skip_mismatch=True)."
-            )
-        for variable, value in zip(self.variables, saved):
+    def _check_fits(self, saved, expected=None):
+        """ValueError where saved variables are not this optimizer's. expected: the shapes of its own, once known."""
+        shapes = [v.shape for v in saved]
+        one_slot = shapes[1 : 1 + (len(shapes) - 1) // self._slots] if self._slots else []
+        if len(shapes) > self._slots and shapes == (expected or [(), *one_slot * self._slots]):
+            return
+        names = ("momentum_bounds", "use_ema", "gradient_accumulation_steps")
+        given = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        here = f"{len(expected)}: {expected!s:.300}" if expected else f"1 and {self._slots} for each trainable variable"
+        raise ValueError(
+            f"The saved state does not fit optimizer {self.name}. The file has {len(saved)} variables: "
+            f"{shapes!s:.300}; with {given} there are {here}. Compile with the same settings and "
+            "trainable variables. Or take the weights alone and start the cycle anew: compile, "
+            "optimizer.build(model.trainable_variables), then load_weights(path, skip_mismatch=True)."
+        )
+
+    def _restore(self, values):
+        for variable, value in zip(self.variables, values):
             variable.assign(value)
 
     def get_config(self):
         config = super().get_config()
         del config["learning_rate"]  # made from the three keys of the schedule
-        return {
-            **config,
-            **self._learning_rate.get_config(),
-            "momentum_bounds": list(self.momentum_bounds),
-            "nesterov": self.nesterov,
-        }
+        config.update(self._learning_rate.get_config())
+        return {**config, "momentum_bounds": list(self.momentum_bounds), "nesterov": self.nesterov}
 
 
 def current_values(optimizer):
-    """(learning rate, momentum) of the coming update as floats, for any Keras optimizer.
+    """The learning rate and the momentum of the coming update, of any Keras optimizer.
 
-    Looks through LossScaleOptimizer, which mixed_float16 wraps around your optimizer without being asked, and
-    which hands on the learning rate only. The momentum is None for an optimizer that has none (Adam).
+    Returns:
+        (learning rate, momentum) as floats, the momentum None where there is none (Adam). Those of the inner optimizer
+        of a LossScaleOptimizer, which mixed_float16 wraps around yours and which hands on the learning rate only.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     momentum = getattr(optimizer, "momentum", None)
     learning_rate = float(ops.convert_to_numpy(optimizer.learning_rate))
     return learning_rate, None if momentum is None else float(ops.convert_to_numpy(momentum))
+
+
+def _not_settable(what):
+    return TypeError(
+        f"{what}: CLR computes its learning rate from bounds, steps and step_function, and nothing else can set it. "
+        "For another cycle, compile with a new CLR. Callbacks that set the rate, such as ReduceLROnPlateau and "
+        "LearningRateScheduler, need an optimizer with a fixed one: keras.optimizers.SGD(0.1, momentum=0.9)."
+    )
+
+
+def _refuse_reduce_lr_on_plateau():
+    """It reads the rate after each epoch but sets it, and would fail, only at a plateau: perhaps hours later."""
+    if keras.backend.backend() == "torch" and sys.modules["torch"].compiler.is_compiling():
+        return  # it cannot follow a look at the stack
+    reader = sys._getframe(2)
+    readers = [frame.f_code for frame in (reader, reader.f_back) if frame]  # a LossScaleOptimizer may be in between
+    if keras.callbacks.ReduceLROnPlateau.on_epoch_end.__code__ in readers:
+        raise _not_settable("ReduceLROnPlateau")
 
 
 def _resolve_step_function(step_function):
@@ -408,16 +463,10 @@ def _resolve_step_function(step_function):
         found = STEP_FUNCTIONS.get(step_function) or keras.saving.get_registered_object(step_function)
         if found is None:
             raise ValueError(
-                f"step_function={step_function!r} is not known. Known: {', '.join(STEP_FUNCTIONS)}. For one of your "
-                "own pass the function itself, or decorate it with @keras.saving.register_keras_serializable() "
-                "and run its definition before you load the model."
+                f"step_function={step_function!r} is not known. Known: {', '.join(STEP_FUNCTIONS)}. Pass one of your "
+                "own itself, or decorate it with @keras.saving.register_keras_serializable() before loading the model."
             )
         return found
-    if not callable(step_function):
-        raise TypeError(
-            f"step_function={step_function!r}: give a name ({', '.join(STEP_FUNCTIONS)}) or a function "
-            "f(iteration, bounds, steps) that returns the value."
-        )
     try:
         inspect.signature(step_function).bind(0, (0.0, 1.0), 1)
     except (TypeError, ValueError):
@@ -444,24 +493,32 @@ def _describe_step_function(step_function):
     return name
 
 
-def _floats(values):
-    """The numbers in values as floats; TypeError for anything else, such as text that float() would take."""
-    if isinstance(values, str) or not all(isinstance(v, numbers.Real) for v in values):
-        raise TypeError
-    return [float(v) for v in values]
+def _pair(values):
+    """The two numbers in values as floats, NaNs for anything else, such as text that float() would take."""
+    values = list(values) if isinstance(values, (list, tuple)) or np.ndim(values) == 1 else []
+    fits = len(values) == 2 and all(isinstance(v, numbers.Real) for v in values)
+    return (float(values[0]), float(values[1])) if fits else (math.nan, math.nan)
 
 
 def _checked_bounds(bounds):
-    try:
-        low, high = _floats(bounds)
-        if not 0 <= low <= high < math.inf:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
+    low, high = _pair(bounds)
+    if not 0 <= low <= high < math.inf:
         raise ValueError(
             f"bounds={bounds!r}: give the lowest and the highest learning rate as two finite numbers with "
             "0 <= low <= high, for example bounds=(0.001, 0.01)."
-        ) from None
+        )
     return low, high
+
+
+def _checked_momentum_bounds(momentum_bounds):
+    constant = isinstance(momentum_bounds, numbers.Real)
+    at_low, at_high = _pair([momentum_bounds] * 2 if constant else momentum_bounds)
+    if not (0 <= at_low < 1 and 0 <= at_high < 1):
+        raise ValueError(
+            f"momentum_bounds={momentum_bounds!r}: give the momentum at the lowest and at the highest learning rate, "
+            "each in [0, 1), for example momentum_bounds=(0.95, 0.85), or one number for a constant momentum."
+        )
+    return at_low, at_high
 
 
 def _checked_steps(steps):
@@ -472,20 +529,6 @@ def _checked_steps(steps):
             "for example steps=2 * len(x_train) // batch_size."
         )
     return int(steps)
-
-
-def _checked_momentum_bounds(momentum_bounds):
-    pair = (momentum_bounds, momentum_bounds) if isinstance(momentum_bounds, numbers.Real) else momentum_bounds
-    try:
-        at_low, at_high = _floats(pair)
-        if not (0 <= at_low < 1 and 0 <= at_high < 1):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"momentum_bounds={momentum_bounds!r}: give the momentum at the lowest and at the highest learning rate, "
-            "each in [0, 1), for example momentum_bounds=(0.95, 0.85), or one number for a constant momentum."
-        ) from None
-    return at_low, at_high
 
 
 def _outside_of_tracing():

@@ -395,17 +395,16 @@ def rescaled(model):
 def residual_network(width=128, blocks=8, batch_norm_momentum=0.95):
     """The residual network of the blog post for raw 32 x 32 colour images: softmax over 10 classes.
 
-    width: channels that each block takes in and gives out, a multiple of 4; the first of its convolutions has a
-        quarter of them. blocks: how many. The default is the post's network, with 1,016,970 parameters.
-    batch_norm_momentum: share of the past in the running mean and variance that BatchNorm uses outside of training
-        (Keras's own default is 0.99, Smith & Topin changed Caffe's 0.999 to 0.95).
+    Args:
+        width: channels that a block takes in and gives out, a multiple of 4: its first convolution
+            has a quarter of them. blocks: how many. By default the post's 1,016,970 parameters.
+        batch_norm_momentum: share of the past in BatchNorm's running mean and variance.
     """
     if width < 4 or width % 4:
-        raise ValueError(f"width={width!r}: give a multiple of 4, since a block narrows to a quarter of it.")
-    if blocks < 0:
-        raise ValueError(f"blocks={blocks!r}: give a whole number from 0.")
-    if not 0 <= batch_norm_momentum < 1:
-        raise ValueError(f"batch_norm_momentum={batch_norm_momentum!r}: it is a share of the past, in [0, 1).")
+        raise ValueError(f"width={width!r}: give a multiple of 4, a block narrows to a quarter of it.")
+    if blocks < 0 or not 0 <= batch_norm_momentum < 1:
+        given = f"blocks={blocks!r}, batch_norm_momentum={batch_norm_momentum!r}"
+        raise ValueError(f"{given}: give a number of blocks from 0, and a share of the past in [0, 1).")
     layers = keras.layers
 
     def convolution(x, filters, size, **options):
@@ -419,8 +418,7 @@ def residual_network(width=128, blocks=8, batch_norm_momentum=0.95):
         y = convolution(x, width // 4, 3, padding="same")
         y = convolution(y, width, 3, padding="same")
         x = convolution(layers.Concatenate()([y, x]), width, 1)
-    x = convolution(x, width, 3)
-    x = layers.GlobalAveragePooling2D()(x)
+    x = layers.GlobalAveragePooling2D()(convolution(x, width, 3))
     return keras.Model(images, layers.Dense(10, activation="softmax", dtype="float32")(x))
 
 
@@ -959,12 +957,12 @@ def _curve(loss, optimizer):
     return {
         "update": starts.tolist(),
         "loss": [round(float(v), 4) if math.isfinite(v) else None for v in means],
-        "learning_rate": [float(f"{v:.4g}") for v in _learning_rate_at(optimizer, starts)],
+        "learning_rate": [float(f"{v:.4g}") for v in learning_rate_at(optimizer, starts)],
         "momentum": None if momentum is None else [round(float(v), 4) for v in momentum],
     }
 
 
-def _learning_rate_at(optimizer, iterations):
+def learning_rate_at(optimizer, iterations):
     """The learning rate at each of the updates, for any Keras optimizer whose rate follows from the update alone."""
     held = optimizer._learning_rate
     if isinstance(held, CyclicalLR):

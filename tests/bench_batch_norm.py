@@ -1,12 +1,13 @@
 """What the fused BatchNormalization gains: images/s of the post's residual network with Keras's layer and with ours.
 
-    python tests/bench_batch_norm.py [ROUNDS] [--batch 128] [--precision bfloat16]
+    python tests/bench_batch_norm.py [ROUNDS] [--batch 128] [--write]
 
-In one process, the two take turns; each ratio is the median over the rounds of the ratio in the same round (timing.py).
-Nothing else should run on the machine.
+In one process, in float32 and bfloat16; all take turns, and each ratio is the median over the rounds of the ratio in the
+same round (timing.py). Nothing else should run on the machine. --write: into figures/results, for notebook 04.
 """
 
 import argparse
+import json
 import pathlib
 import statistics
 import sys
@@ -41,16 +42,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rounds", nargs="?", type=int, default=7)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    layers = {"Keras's layer": keras.layers.BatchNormalization, "fused": experiments.BatchNormalization}
-    contestants = {name: training(layer, options.precision, options.batch) for name, layer in layers.items()}
-    seconds = alternating(contestants, options.rounds)
-    print(f"{experiments.describe_machine()}, {options.precision}, batches of {options.batch}")
-    for name, times in seconds.items():
-        print(f"{name:13} {BATCHES * options.batch / statistics.median(times):6.0f} images/s")
-    low, median, high = ratio(seconds["Keras's layer"], seconds["fused"])
-    print(f"the fused layer is {median:.2f} times as fast (quartiles {low:.2f} to {high:.2f})")
+    layers = {"Keras's": keras.layers.BatchNormalization, "fused": experiments.BatchNormalization}
+    contestants = {
+        (name, precision): training(layer, precision, options.batch)
+        for precision in ("float32", "bfloat16")
+        for name, layer in layers.items()
+    }
+    seconds, rows = alternating(contestants, options.rounds), []
+    for (name, precision), times in seconds.items():
+        low, median, high = ratio(seconds["Keras's", "float32"], times)
+        speed = round(BATCHES * options.batch / statistics.median(times))
+        rows.append({"layer": name, "precision": precision, "images/s": speed, "times as fast": median})
+        print(f"{name:8} {precision:9} {speed:5} images/s, {median:.2f} times the first ({low:.2f} to {high:.2f})")
+    for precision in ("float32", "bfloat16"):
+        low, median, high = ratio(seconds["Keras's", precision], seconds["fused", precision])
+        print(f"fused, {precision}: {median:.2f} times as fast as Keras's (quartiles {low:.2f} to {high:.2f})")
+    print(experiments.describe_machine())
+    if options.write:
+        rows = [{**row, "hardware": experiments.describe_machine()} for row in rows]
+        path = ROOT / "figures" / "results" / "04_images_per_second.json"
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

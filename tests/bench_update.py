@@ -19,18 +19,21 @@ import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent / "notebooks"))
 
-import clr_utils  # isort: skip  # imports Keras, so it comes first
+import experiments  # isort: skip  # imports Keras without TensorFlow's greeting, so it comes first
 import keras
 import numpy as np
 from timing import alternating, ratio
+
+import clr_utils
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "figures" / "results" / "05_updates.json"
 BOUNDS, STEPS = (0.001, 0.01), 50
 NETWORKS = {  # name: (network, shape of its images, batch size, updates in a measurement, of which in one call)
-    "MNIST network": (clr_utils.mnist_network, (28, 28), 32, 200, 50),
-    "small residual network": (lambda: clr_utils.residual_network(32, 3), (32, 32, 3), 128, 8, 4),
+    "MNIST network": (experiments.mnist_network, (28, 28), 32, 200, 50),
+    "small residual network": (lambda: experiments.residual_network(32, 3), (32, 32, 3), 128, 8, 4),
 }
 
 
@@ -59,7 +62,7 @@ def contestants(network, images, labels, batch_size, in_one_call):
         if keras.backend.backend() != "tensorflow":
             return lambda: model.fit(images, labels, batch_size=batch_size, **options)
         # On arrays, the end of a fit is held up by a thread of tf.data (see _without_autotune), at times by seconds.
-        batches = clr_utils._batches_in_graph(images, labels, np.arange(len(images)), batch_size)
+        batches = experiments._batches_in_graph(images, labels, np.arange(len(images)), batch_size)
         return lambda: model.fit(batches, steps_per_epoch=len(images) // batch_size, **options)
 
     found = {"SGD": keras_fit(sgd()), "CLR": keras_fit(clr()), "callback": keras_fit(sgd(), [AssignLearningRate()])}
@@ -142,7 +145,7 @@ def measure(rounds, only=None):
                     "ratio_to_sgd": round(median, 3),
                     "quartiles": [round(low, 3), round(high, 3)],
                     "rounds": rounds,
-                    "hardware": clr_utils.describe_machine(),
+                    "hardware": experiments.describe_machine(),
                 }
             )
     return rows

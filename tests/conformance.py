@@ -49,9 +49,9 @@ from reference import (  # noqa: E402
     UPDATES,
     X,
     Y,
+    momentum_at,
     numpy_update,
     regression_gradient,
-    triangular_momentum,
 )
 
 from clr_utils import CLR, CyclicalLR, current_values, keras  # noqa: E402
@@ -70,9 +70,7 @@ class Contestant(NamedTuple):
 SGD_WITH_MOMENTUM = Contestant(
     lambda **options: keras.optimizers.SGD(0.1, momentum=0.9, **options), lambda i: 0.1, lambda i: 0.9
 )
-CYCLING = Contestant(
-    lambda **options: CLR((LOW, HIGH), STEPS, MOMENTA, **options), RATES["triangular"], triangular_momentum
-)
+CYCLING = Contestant(lambda **options: CLR((LOW, HIGH), STEPS, MOMENTA, **options), RATES["triangular"], momentum_at)
 
 FEATURES = {}
 

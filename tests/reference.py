@@ -1,5 +1,6 @@
 """The formulas once more, without Keras: what every backend must agree with, in float64."""
 
+import functools
 import math
 
 import numpy as np
@@ -21,28 +22,26 @@ def smith(i, steps=STEPS):
     return max(0.0, 1 - abs(i / steps - 2 * cycle + 1))
 
 
-def one_cycle_rate(i, low, high, run):
-    """Linear 1cycle by interpolation between its corners."""
-    corners = [0, round(0.45 * (run - 1)), round(0.9 * (run - 1)), run - 1]
-    return float(np.interp(i, corners, [low, high, low, low / 1000]))
+def between_corners(i, values, *shares, last=2 * STEPS - 1):
+    """Straight lines through these values at these shares of a run, and the last of them ever after."""
+    return float(np.interp(i, [round(share * last) for share in shares], values))
 
 
-RATES = {
-    "triangular": lambda i: LOW + (HIGH - LOW) * smith(i),
-    "triangular2": lambda i: LOW + (HIGH - LOW) * smith(i) / 2 ** (i // (2 * STEPS)),
-    "exp_range": lambda i: LOW + (HIGH - LOW) * smith(i) * 0.99994**i,
-    "cosine": lambda i: LOW + (HIGH - LOW) * (1 - math.cos(math.pi * smith(i))) / 2,
-    "one_cycle": lambda i: one_cycle_rate(i, LOW, HIGH, 2 * STEPS),
+SHAPES = {
+    "triangular": lambda i, low, high: low + (high - low) * smith(i),
+    "triangular2": lambda i, low, high: low + (high - low) * smith(i) / 2 ** (i // (2 * STEPS)),
+    "exp_range": lambda i, low, high: low + (high - low) * smith(i) * 0.99994**i,
+    "cosine": lambda i, low, high: low + (high - low) * (1 - math.cos(math.pi * smith(i))) / 2,
+    "cosine_restarts": lambda i, low, high: low + (high - low) * (1 + math.cos(math.pi * (i / 14 - i // 14))) / 2,
+    "one_cycle": lambda i, low, high: between_corners(i, [low, high, low, low / 1000], 0, 0.45, 0.9, 1),
+    "trapezoid": lambda i, low, high: between_corners(i, [low, high, high, low / 1000], 0, 0.05, 0.8, 1),
 }
+RATES = {name: functools.partial(shape, low=LOW, high=HIGH) for name, shape in SHAPES.items()}
 
 
-def momentum_for(rate, momenta=MOMENTA, low=LOW, high=HIGH):
-    height = min(1.0, max(0.0, (rate - low) / (high - low)))
+def momentum_at(i, name="triangular", momenta=MOMENTA):
+    height = min(1.0, max(0.0, SHAPES[name](i, 0.0, 1.0)))
     return momenta[0] + (momenta[1] - momenta[0]) * height
-
-
-def triangular_momentum(i):
-    return momentum_for(RATES["triangular"](i))
 
 
 def regression_gradient(w, batch):
@@ -65,4 +64,4 @@ def numpy_training(rates, momenta, nesterov=False, updates=UPDATES):
 
 
 def cyclic_training(**options):
-    return numpy_training(RATES["triangular"], triangular_momentum, **options)
+    return numpy_training(RATES["triangular"], momentum_at, **options)

@@ -23,7 +23,7 @@ WRONG_ANSWERS = {
         "answer = 0.001  # that of the cycle which ends at its bottom",
         "answer = 2 * ((updates - 1 + 40) // 80)  # as many bottoms too",
         "mended = lambda iteration, bounds, steps: ops.where(iteration > steps, bounds[0], bounds[1])  # one too late",
-        "trapezoid = clr_utils.triangular",
+        "whole, sawtooth = sawtooth, lambda i, bounds, steps: whole(i, bounds, steps / 2)  # restarts too early",
     ],
     "02_lr_range_test": [
         "answer = 2 / (3 * CURVATURE)  # as if the curvature grew like the input",

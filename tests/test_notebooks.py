@@ -57,6 +57,7 @@ def test_begins_with_title_promise_and_bootstrap(notebook):
         assert promise in source(first)
     assert source(setup).startswith("## Setup")
     assert "clr_utils.py" in source(bootstrap) and "FileNotFoundError" in source(bootstrap)
+    assert source(bootstrap).splitlines()[-1].startswith("import experiments")
 
 
 def test_ends_with_takeaways_exercises_and_references(notebook):
@@ -86,21 +87,28 @@ def test_is_small_and_reads_as_a_text(path, notebook):
     assert path.stat().st_size < 2e6
     lines = [source(cell).count("\n") + 1 for cell in code_cells(notebook)]
     assert max(lines) <= 32
+    assert max(len(line) for cell in code_cells(notebook) for line in source(cell).splitlines()) <= 100
     assert sum(cell["cell_type"] == "markdown" for cell in notebook["cells"]) >= 0.8 * len(lines)
+
+
+def is_shown_file(output):
+    """Of 05_data_parallel.py, which has a test of its own."""
+    return "highlight" in "".join(output.get("data", {}).get("text/html", []))
 
 
 def test_every_text_is_compared_or_marked_as_measured(notebook):
     # So that executing the notebook anew, on unchanged code and data, changes no text but that of marked cells.
     for cell in code_cells(notebook):
-        texts = [o for o in cell["outputs"] if not {"image/png", "text/html"} & o.get("data", {}).keys()]
+        texts = [o for o in cell["outputs"] if "image/png" not in o.get("data", {}) and not is_shown_file(o)]
         tags = {CHECKED, MEASURED} & set(cell["metadata"].get("tags", []))
         assert len(tags) == 1 if texts else MEASURED not in tags, source(cell)
 
 
 def test_a_file_that_is_shown_is_shown_as_it_is():
     notebook = json.loads((ROOT / "notebooks" / "05_scaling_out.ipynb").read_text(encoding="utf-8"))
+    (shown,) = [output for output in outputs(notebook) if is_shown_file(output)]
     script = (ROOT / "notebooks" / "05_data_parallel.py").read_text(encoding="utf-8")
-    assert script.rstrip("\n") in map(output_text, outputs(notebook))
+    assert output_text(shown) == script.rstrip("\n")
 
 
 def test_cells_whose_output_nbval_compares_have_one(notebook):
@@ -109,19 +117,23 @@ def test_cells_whose_output_nbval_compares_have_one(notebook):
     assert checked and all(any(output_text(output) for output in cell["outputs"]) for cell in checked)
 
 
-def test_figures_are_the_ones_committed(path, notebook):
+def test_figures_and_their_texts_are_the_ones_committed(path, notebook):
     code = "\n".join(source(cell) for cell in code_cells(notebook))
     number = path.stem[:2]
     results = {results.stem for results in (ROOT / "figures" / "results").glob("*.jsonl")}
     results |= set(re.findall(r'(?:experiment|tuning)="(\w+)"', code))  # also those that have not been run yet
     saved = set(re.findall(rf'"({number}_\w+)"', code)) - results
     assert saved == {figure.stem for figure in (ROOT / "figures").glob(f"{number}_*.png")}
+    texts = json.loads((ROOT / "figures" / f"{number}_alt.json").read_text(encoding="utf-8"))
+    shown = [o["metadata"]["image/png"]["alt"] for o in outputs(notebook) if "image/png" in o.get("data", {})]
+    assert set(texts) == saved and sorted(texts.values()) == sorted(shown)
 
 
 def test_taught_code_is_the_code_of_the_module(notebook):
     module = {
         node.name: ast.unparse(node)
-        for node in ast.parse((ROOT / "clr_utils.py").read_text(encoding="utf-8")).body
+        for path in (ROOT / "clr_utils.py", ROOT / "notebooks" / "experiments.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, (ast.FunctionDef, ast.ClassDef))
     }
     for cell in code_cells(notebook):

@@ -5,6 +5,8 @@ import copy
 import functools
 import json
 import math
+import subprocess
+import sys
 import warnings
 
 import keras
@@ -25,7 +27,7 @@ from reference import (
     X,
     Y,
     cyclic_training,
-    momentum_for,
+    momentum_at,
     numpy_training,
     numpy_update,
     smith,
@@ -112,8 +114,29 @@ def test_each_step_function_sets_rate_and_momentum_of_each_update(name):
     w, v = np.ones(4), np.zeros(4)
     for i, gradient in enumerate(GRADIENTS):
         rate = RATES[name](i)
-        w, v = numpy_update(w, v, gradient, rate, momentum_for(rate), False)
+        w, v = numpy_update(w, v, gradient, rate, momentum_at(i, name), False)
         np.testing.assert_allclose(path[i], w, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("momentum_bounds", [MOMENTA, 0.0])
+def test_update_step_alone_makes_the_update_of_the_counter(momentum_bounds):
+    clr, variable = new_clr(momentum_bounds=momentum_bounds), keras.Variable([1.0])
+    clr.build([variable])
+    w, v = 1.0, 0.0
+    for i in (3, 4):
+        clr.iterations.assign(i)
+        clr.update_step(ops.convert_to_tensor([2.0]), variable, clr.learning_rate)
+        momentum = momentum_at(i) if momentum_bounds else 0.0
+        w, v = numpy_update(w, v, 2.0, RATES["triangular"](i), momentum)
+        assert float(variable[0]) == pytest.approx(w, rel=1e-6)
+
+
+def test_momentum_sits_at_its_second_bound_when_the_cosine_restarts():
+    clr = CLR((0.1, 1.0), 10, (0.95, 0.85), functools.partial(clr_utils.cosine_restarts, factor=2))
+    starts = np.array([0, 20, 60, 140])
+    np.testing.assert_array_equal(clr.momentum_at(starts), [0.85] * 4)
+    np.testing.assert_array_equal(clr.learning_rate_at(starts), [1.0] * 4)
+    assert (clr.momentum_at(starts[1:] - 1) > 0.94).all()
 
 
 def test_momentum_rests_at_its_first_bound_in_the_tail_of_one_cycle():
@@ -144,7 +167,7 @@ def test_momentum_may_be_0_at_one_end_only(momenta):
     w, v = np.ones(4), np.zeros(4)
     for i, gradient in enumerate(GRADIENTS):
         rate = RATES["triangular"](i)
-        w, v = numpy_update(w, v, gradient, rate, momentum_for(rate, momenta), False)
+        w, v = numpy_update(w, v, gradient, rate, momentum_at(i, momenta=momenta), False)
     np.testing.assert_allclose(path[-1], w, rtol=0, atol=2e-6)
 
 
@@ -185,7 +208,7 @@ def test_current_values_before_during_and_after_training():
     )
     assert rate_and_momentum(model.optimizer) == pytest.approx((LOW, MOMENTA[0]))
     train(model, 0, 20, callbacks=[keep])
-    expected = [(RATES["triangular"](i), momentum_for(RATES["triangular"](i))) for i in range(21)]
+    expected = [(RATES["triangular"](i), momentum_at(i)) for i in range(21)]
     np.testing.assert_allclose(seen, expected[:20], rtol=1e-6)
     assert rate_and_momentum(model.optimizer) == pytest.approx(expected[20])
     assert current_values(model.optimizer) == rate_and_momentum(model.optimizer)
@@ -196,7 +219,7 @@ def test_values_at_any_update_are_numbers_for_an_int_and_arrays_for_an_array():
     iterations = np.arange(40)
     rates = clr.learning_rate_at(iterations)
     np.testing.assert_allclose(rates, [RATES["triangular"](i) for i in iterations], rtol=1e-12)
-    np.testing.assert_allclose(clr.momentum_at(iterations), [momentum_for(r) for r in rates], rtol=1e-12)
+    np.testing.assert_allclose(clr.momentum_at(iterations), [momentum_at(i) for i in iterations], rtol=1e-12)
     for at in (clr.learning_rate_at, clr.momentum_at):
         assert at(iterations).shape == (40,)
         assert isinstance(at(5), float) and at(5) == at(iterations)[5]
@@ -210,7 +233,7 @@ def test_current_values_look_through_the_loss_scale_optimizer(mixed_float16):
     updates = int(model.optimizer.iterations)
     assert 0 < updates <= 5  # the loss scale starts so high that the first ones are skipped
     rate = RATES["triangular"](updates)
-    assert current_values(model.optimizer) == pytest.approx((rate, momentum_for(rate)))
+    assert current_values(model.optimizer) == pytest.approx((rate, momentum_at(updates)))
 
 
 @pytest.mark.parametrize(
@@ -223,6 +246,65 @@ def test_current_values_look_through_the_loss_scale_optimizer(mixed_float16):
 )
 def test_current_values_of_other_optimizers(optimizer, expected):
     assert current_values(optimizer()) == expected
+
+
+SETTINGS = [
+    lambda: CyclicalLR((LOW / 10, HIGH / 10), STEPS),
+    lambda: keras.optimizers.schedules.CosineDecay(0.1, 10),
+    lambda: 0.1,
+    lambda: keras.Variable(0.1),
+    lambda: lambda: 0.1,
+]
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_nothing_else_can_set_the_learning_rate(tmp_path, setting, policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = new_model(new_clr())
+    finally:
+        keras.config.set_dtype_policy("float32")
+    value = setting()
+    with pytest.raises(TypeError, match="compile with a new CLR") as error:
+        model.optimizer.learning_rate = value
+    assert f"learning_rate={value!r}" in str(error.value) and "keras.optimizers.SGD" in str(error.value)
+    train(model, 0, 3)  # and all is as it was
+    model.save(tmp_path / "m.keras")
+    updates = int(model.optimizer.iterations)
+    assert current_values(model.optimizer)[0] == pytest.approx(RATES["triangular"](updates))
+
+
+class PatientReducer(keras.callbacks.ReduceLROnPlateau):
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "loss-scaled"])
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate),
+        lambda: keras.callbacks.ReduceLROnPlateau(monitor="loss", patience=1000),
+        lambda: PatientReducer(monitor="loss", patience=1000),
+    ],
+    ids=["scheduler", "plateau", "subclass"],
+)
+def test_callbacks_that_set_the_rate_are_refused_in_the_first_epoch(callback, wrapped):
+    optimizer = keras.optimizers.LossScaleOptimizer(new_clr(), initial_scale=1.0) if wrapped else new_clr()
+    model, finished = new_model(optimizer), []
+    count = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: finished.append(epoch))
+    with pytest.raises(TypeError, match="CLR computes its learning rate") as error:
+        train(model, callbacks=[callback(), count], epochs=3)
+    assert finished == []
+    assert "ReduceLROnPlateau" in str(error.value) and "keras.optimizers.SGD" in str(error.value)
+
+
+def test_callbacks_may_read_the_rate_at_the_end_of_an_epoch():
+    model, seen = new_model(new_clr()), []
+    read = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: seen.append(float(model.optimizer.learning_rate)))
+    train(model, 0, 10, epochs=2, callbacks=[read])
+    np.testing.assert_allclose(seen, [RATES["triangular"](10), RATES["triangular"](20)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("start", [2**24 // 2000 * 2000, 2**31 // 2000 * 2000 - 2000])
@@ -294,7 +376,7 @@ def test_with_gradient_accumulation_the_counter_counts_batches():
         rate = RATES["triangular"](k * every + every - 1)
         gradient = GRADIENTS[k * every : (k + 1) * every].mean(axis=0)
         before = w
-        w, v = numpy_update(w, v, gradient, rate, momentum_for(rate), False)
+        w, v = numpy_update(w, v, gradient, rate, momentum_at(k * every + every - 1), False)
         np.testing.assert_allclose(path[k * every : (k + 1) * every - 1], [before] * (every - 1), rtol=0, atol=2e-6)
         np.testing.assert_allclose(path[(k + 1) * every - 1], w, rtol=0, atol=2e-6)
 
@@ -360,7 +442,7 @@ def test_a_step_skipped_for_an_overflow_does_not_move_the_cycle():
     w, v = 1.0, 0.0
     for i in range(2):
         rate = RATES["triangular"](i)
-        w, v = numpy_update(w, v, 1.0, rate, momentum_for(rate), False)
+        w, v = numpy_update(w, v, 1.0, rate, momentum_at(i), False)
     assert float(variable[0]) == pytest.approx(w, rel=1e-6)
 
 
@@ -419,9 +501,7 @@ def test_a_saved_model_resumes_in_mid_cycle(tmp_path):
     with no_warning_about_the_optimizer():
         model = keras.models.load_model(tmp_path / "m.keras")
     assert int(model.optimizer.iterations) == CUT
-    assert rate_and_momentum(model.optimizer) == pytest.approx(
-        (RATES["triangular"](CUT), momentum_for(RATES["triangular"](CUT)))
-    )
+    assert rate_and_momentum(model.optimizer) == pytest.approx((RATES["triangular"](CUT), momentum_at(CUT)))
     train(model, CUT, UPDATES)
     np.testing.assert_array_equal(weights(model), uninterrupted())
     np.testing.assert_allclose(weights(model), cyclic_training()[-1], rtol=0, atol=2e-6)
@@ -542,35 +622,119 @@ def test_weights_saved_before_any_training_take_a_trained_model_back_to_the_star
     np.testing.assert_array_equal(weights(model), uninterrupted(**options))
 
 
+@contextlib.contextmanager
+def policy(name):
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("updates", [0, CUT])
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("way", ["model", "weights", "weights, built"])
+def test_saved_in_half_precision_it_resumes_under_float32(tmp_path, way, options, updates):
+    with policy("mixed_float16"):
+        first = new_model(keras.optimizers.LossScaleOptimizer(new_clr(**options), initial_scale=1.0))
+        # As compile() leaves it: the optimizer in the file is CLR, the variables are those of both.
+        first._compile_config.config["optimizer"] = first.optimizer.inner_optimizer
+        if updates:
+            train(first, 0, updates)
+        first.save(tmp_path / "m.keras")
+        first.save_weights(tmp_path / "m.weights.h5")
+    with no_warning_about_the_optimizer():
+        if way == "model":
+            model = keras.models.load_model(tmp_path / "m.keras")
+        else:
+            model = new_model(new_clr(**options))
+            if "built" in way:
+                model.optimizer.build(model.trainable_variables)
+            model.load_weights(tmp_path / "m.weights.h5")
+    assert type(model.optimizer) is CLR and int(model.optimizer._iterations) == updates
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    if updates:
+        for ours, saved in zip(model.optimizer.variables, first.optimizer.inner_optimizer.variables, strict=True):
+            np.testing.assert_array_equal(ops.convert_to_numpy(ours), ops.convert_to_numpy(saved))
+    train(model, updates, updates + 5)
+    assert int(model.optimizer._iterations) == updates + 5
+
+
+def test_compiled_in_half_precision_by_keras_itself_it_is_served_under_float32(tmp_path):
+    with policy("mixed_float16"):
+        first = trained_until_cut()
+        first.save(tmp_path / "m.keras")
+        updates = int(first.optimizer.iterations)
+    model = keras.models.load_model(tmp_path / "m.keras")
+    assert type(model.optimizer) is CLR and int(model.optimizer.iterations) == updates > 0
+    np.testing.assert_array_equal(model.predict(X, verbose=0), first.predict(X, verbose=0))
+
+
+@pytest.mark.parametrize("new", [lambda: keras.optimizers.SGD(0.1, momentum=0.9), new_clr], ids=["SGD", "CLR"])
+def test_a_file_without_the_state_of_the_optimizer_is_loaded_with_a_warning(tmp_path, new):
+    first = new_model(new())
+    train(first, 0, CUT)
+    first.save(tmp_path / "full.keras")
+    first.optimizer = None
+    first.save_weights(tmp_path / "m.weights.h5")
+    model = new_model(new())
+    with policy("mixed_float16"), pytest.warns(UserWarning, match="optimizer"):
+        full = keras.models.load_model(tmp_path / "full.keras")  # Keras wraps a LossScaleOptimizer around it
+    with pytest.warns(UserWarning, match=f"optimizer '{model.optimizer.name}'"):
+        model.load_weights(tmp_path / "m.weights.h5")
+    for loaded in (full, model):
+        np.testing.assert_array_equal(weights(loaded), weights(first))
+        assert int(loaded.optimizer.iterations) == 0
+        train(loaded, 0, 5)
+
+
+# What was saved, what loads it, and whether the file shows without the model that it does not fit.
 MISMATCHES = [
-    ({"momentum_bounds": 0.0}, {}),
-    ({}, {"momentum_bounds": 0.0}),
-    ({}, {"use_ema": True}),
-    ({"gradient_accumulation_steps": 2}, {}),
+    ({"momentum_bounds": 0.0}, {}, True),
+    ({}, {"momentum_bounds": 0.0}, True),
+    ({}, {"use_ema": True}, True),
+    ({"use_ema": True, "gradient_accumulation_steps": 2}, {"use_ema": True}, True),
+    ({"gradient_accumulation_steps": 2}, {}, False),
 ]
 
 
 @pytest.mark.parametrize("built", [False, True], ids=["unbuilt", "built"])
-@pytest.mark.parametrize("saved, loading", MISMATCHES, ids=str)
-def test_state_that_does_not_fit_is_an_error_that_names_the_remedy(saved_weights, saved, loading, built):
-    path = saved_weights(**saved)
+@pytest.mark.parametrize("saved, loading, shown", MISMATCHES, ids=str)
+def test_state_that_does_not_fit_is_an_error_each_time(saved_weights, saved, loading, shown, built):
     model = new_model(new_clr(**loading), run_eagerly=True)
     if built:
         model.optimizer.build(model.trainable_variables)
-    with pytest.raises(ValueError, match=r"optimizer\.build\(.*skip_mismatch=True") as error:
-        model.load_weights(path)
-        train(model, 0, 1)
-    assert "momentum_bounds" in str(error.value) and "same settings" in " ".join(str(error.value).split())
+    attempts = [functools.partial(model.load_weights, saved_weights(**saved))] * 2
+    if not built and not shown:
+        attempts.pop()()
+        attempts = [lambda: train(model, 0, 1)] * 2
+    for attempt in attempts:
+        with pytest.raises(ValueError, match=r"optimizer\.build\(.*skip_mismatch=True") as error:
+            attempt()
+        given = ", ".join(f"{name}={getattr(new_clr(**loading), name)}" for name in ("momentum_bounds", "use_ema"))
+        assert given in str(error.value) and "same settings" in str(error.value)
 
 
-@pytest.mark.parametrize("saved, loading", MISMATCHES, ids=str)
+def test_the_state_of_another_optimizer_or_model_is_an_error_that_names_the_shapes(tmp_path):
+    sgd = new_model(keras.optimizers.SGD(0.1, momentum=0.9))
+    train(sgd, 0, 2)
+    sgd.save_weights(tmp_path / "m.weights.h5")
+    model = new_model(new_clr())
+    model.optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError) as error:
+        model.load_weights(tmp_path / "m.weights.h5")
+    assert "3 variables: [(), (), (3, 2)]" in str(error.value) and "2: [(), (3, 2)]" in str(error.value)
+
+
+@pytest.mark.parametrize("saved, loading", [mismatch[:2] for mismatch in MISMATCHES], ids=str)
 @pytest.mark.filterwarnings("ignore:A total of")  # Keras says what it skipped
 def test_skip_mismatch_takes_the_weights_alone_and_starts_the_cycle_anew(saved_weights, saved, loading):
     first = new_model(new_clr(**saved))
     first.load_weights(saved_weights(**saved))
     assert np.abs(weights(first) - START).max() > 0.1
     model, fresh = (new_model(new_clr(**loading), run_eagerly=True) for _ in range(2))
-    model.optimizer.build(model.trainable_variables)  # unbuilt, it cannot know yet, and says so when it is built
+    model.optimizer.build(model.trainable_variables)  # unbuilt, it cannot know every time
     model.load_weights(saved_weights(**saved), skip_mismatch=True)
     np.testing.assert_array_equal(weights(model), weights(first))
     fresh.set_weights(first.get_weights())
@@ -578,6 +742,37 @@ def test_skip_mismatch_takes_the_weights_alone_and_starts_the_cycle_anew(saved_w
         train(m, 0, 5)
     assert int(model.optimizer._iterations) == 5
     np.testing.assert_array_equal(weights(model), weights(fresh))
+
+
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has no MultiOptimizer")
+def test_inside_a_multi_optimizer_it_trains_and_resumes_as_alone(tmp_path):
+    def two_layers(optimizer):
+        dense = functools.partial(keras.layers.Dense, use_bias=False)
+        model = keras.Sequential([keras.Input((3,)), dense(3, name="first"), dense(2, name="second")])
+        model.set_weights([np.eye(3, dtype="float32"), START])
+        model.compile(optimizer, "mse")
+        return model
+
+    def slow_clr():
+        return new_clr(bounds=(LOW / 10, HIGH / 10))
+
+    alone = two_layers(slow_clr())
+    train(alone)
+    parts = keras.optimizers.OptimizerMap(slow_clr(), {".*first/kernel": slow_clr()})
+    model = two_layers(keras.optimizers.MultiOptimizer(parts))
+    train(model, 0, CUT)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    for m in (model, loaded):
+        train(m, CUT, UPDATES)
+        for ours, expected in zip(m.get_weights(), alone.get_weights()):
+            np.testing.assert_array_equal(ours, expected)
+    for callback in (
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate),
+        keras.callbacks.ReduceLROnPlateau(),
+    ):
+        with pytest.raises(TypeError, match="CLR computes"):
+            train(model, 0, 2, callbacks=[callback])
 
 
 def test_with_cyclical_lr_a_built_adam_resumes_in_mid_cycle(tmp_path):
@@ -704,6 +899,20 @@ def test_an_unregistered_function_trains_but_is_not_saved_silently(tmp_path):
             save()
         assert repr(unregistered) in str(error.value)
     model.save_weights(tmp_path / "m.weights.h5")  # weights alone need no function
+
+
+def test_importing_the_module_changes_no_setting_and_loads_no_plotting():
+    program = """
+import os, random, sys, warnings
+import keras, numpy
+def settings():
+    return dict(os.environ), random.getstate(), str(numpy.random.get_state()), warnings.filters[:], os.fstat(2).st_ino
+before = settings(), {*sys.modules}
+import clr_utils
+assert before[0] == settings()
+assert not {"matplotlib", "seaborn", "pandas", "scipy"} & ({*sys.modules} - before[1])
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=clr_utils.__file__.rpartition("/")[0])
 
 
 # ------------------------------------------------------------------------------------------------ CyclicalLR

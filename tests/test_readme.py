@@ -3,9 +3,11 @@
 import pathlib
 import re
 
-import clr_utils  # isort: skip  # imports Keras, so it comes first
+import experiments  # isort: skip  # imports Keras without TensorFlow's greeting, so it comes first
 import keras
 import pytest
+
+from clr_utils import CLR
 
 README = (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -16,14 +18,19 @@ def names(tmp_path, monkeypatch):
     """What a reader has before the snippet: a compiled model and data."""
     monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path))
     monkeypatch.setenv("CLR_SYNTHETIC", "always")
-    mnist = clr_utils.load_mnist(2000, 100)
-    small = mnist._replace(train=(mnist.train[0][:640], mnist.train[1][:640]))
-    monkeypatch.setattr(clr_utils, "load_mnist", lambda: small)
+    mnist = experiments.load_mnist(2000, 100)
+    small = experiments.subset(mnist, 640)
+    monkeypatch.setattr(experiments, "load_mnist", lambda: small)
     keras.utils.set_random_seed(0)
     x_train, y_train = mnist.train
-    model = clr_utils.mnist_network()
-    model.compile(clr_utils.CLR(momentum_bounds=(0.95, 0.85)), "sparse_categorical_crossentropy")
+    model = experiments.mnist_network()
+    model.compile(CLR(momentum_bounds=(0.95, 0.85)), "sparse_categorical_crossentropy")
     return {"model": model, "x_train": x_train.astype("float32") / 255, "y_train": y_train}
+
+
+def test_it_is_read_in_some_minutes():
+    prose = re.sub(r"```.*?```|<!--.*?-->", "", README, flags=re.S)
+    assert len([word for line in prose.splitlines() if line[:2] != "| " for word in line.split()]) <= 1000
 
 
 def test_the_three_commonest_wishes_are_there():

@@ -2,6 +2,10 @@
 
 import functools
 import math
+import os
+import pathlib
+import subprocess
+import sys
 import warnings
 
 import keras
@@ -11,9 +15,19 @@ import tensorflow as tf
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from clr_utils import STEP_FUNCTIONS, cosine, exp_range, one_cycle, triangular, triangular2
+from clr_utils import (
+    STEP_FUNCTIONS,
+    cosine,
+    cosine_restarts,
+    exp_range,
+    one_cycle,
+    trapezoid,
+    triangular,
+    triangular2,
+)
 
 NAMES = sorted(STEP_FUNCTIONS)
+ONE_RUN = ["one_cycle", "one_cycle_cosine", "trapezoid"]  # those that end after 2 * steps updates, at 1e-3 * bounds[0]
 INT32_MAX = 2**31 - 1
 ODD = (0.067, 0.58)  # low + (high - low) is not high, neither in float64 nor in float32
 
@@ -86,6 +100,39 @@ HAND = [
     (one_cycle, 2, [1, 3, 1, 0.001, 0.001]),
     (one_cycle, 1, [1, 0.001, 0.001]),
     (functools.partial(one_cycle, tail=0), 2, [1, 3, (3 + 0.001) / 2, 0.001, 0.001]),
+    # 2 + cos(45 deg) = 2.707, then cos(90), cos(135); the second time cos(22.5), ...
+    (cosine_restarts, 2, [3, 2 + math.sqrt(0.5), 2, 2 - math.sqrt(0.5), 3, 2 + math.sqrt(0.5), 2]),
+    (
+        functools.partial(cosine_restarts, factor=2),  # restarts at 2, 6, 14
+        1,
+        {0: 3, 1: 2, 2: 3, 3: 2 + math.sqrt(0.5), 5: 2 - math.sqrt(0.5), 6: 3, 8: 2 + math.sqrt(0.5), 10: 2, 14: 3},
+    ),
+    (functools.partial(cosine_restarts, factor=3), 1, {2: 3, 5: 2, 8: 3, 17: 2, 26: 3, 53: 2, 80: 3}),
+    (
+        functools.partial(trapezoid, warmup=0.2, decay=0.4, final=0.2),  # S = 8: top from 3, falls from 9 to 15
+        8,
+        {
+            0: 1,
+            1: 5 / 3,
+            2: 7 / 3,
+            3: 3,
+            6: 3,
+            9: 3,
+            10: 3 - 2.8 / 6,
+            12: 1.6,
+            14: 0.2 + 2.8 / 6,
+            15: 0.2,
+            16: 0.2,
+            99: 0.2,
+        },
+    ),
+    (
+        functools.partial(trapezoid, warmup=0, decay=0.6, final=0, shape="1-sqrt"),  # falls from 6 to 15
+        8,
+        {0: 3, 6: 3, 7: 2, 10: 1, 15: 0, 16: 0},
+    ),
+    (trapezoid, 1, [1, 0.001, 0.001]),
+    (trapezoid, 2, [1, 3, 3, 0.001, 0.001]),
 ]
 
 
@@ -111,9 +158,9 @@ def test_exp_range_counts_from_the_start_of_training():
 
 
 def test_names_are_those_of_the_documentation():
-    assert NAMES == ["cosine", "exp_range", "one_cycle", "one_cycle_cosine", "triangular", "triangular2"]
-    for name in ("triangular", "triangular2", "exp_range", "cosine", "one_cycle"):
-        assert STEP_FUNCTIONS[name].__name__ == name
+    plain = ["cosine", "cosine_restarts", "exp_range", "one_cycle", "trapezoid", "triangular", "triangular2"]
+    assert NAMES == sorted([*plain, "one_cycle_cosine"])
+    assert all(STEP_FUNCTIONS[name].__name__ == name for name in plain)
     iterations = np.arange(20)
     np.testing.assert_array_equal(
         STEP_FUNCTIONS["one_cycle_cosine"](iterations, (1, 3), 8), one_cycle(iterations, (1, 3), 8, shape="cosine")
@@ -146,22 +193,64 @@ def test_low_and_high_are_hit_exactly_however_far_the_training_has_come(function
 def test_first_update_at_the_lower_bound_and_peak_where_promised(name, way):
     call, dtype = WAYS[way]
     steps = 97
-    top = round(0.45 * (2 * steps - 1)) if name.startswith("one_cycle") else steps
-    first, peak = call(STEP_FUNCTIONS[name])(np.array([0, top]), ODD, steps)
-    assert first == dtype(ODD[0])
+    tops = {"one_cycle": 87, "one_cycle_cosine": 87, "trapezoid": 10, "cosine_restarts": 2 * steps}
+    first, peak = call(STEP_FUNCTIONS[name])(np.array([0, tops.get(name, steps)]), ODD, steps)
+    assert first == dtype(ODD[1 if name == "cosine_restarts" else 0])
     if name == "exp_range":
         assert peak == pytest.approx(ODD[0] + (ODD[1] - ODD[0]) * 0.99994**97, rel=1e-6)
     else:
         assert peak == dtype(ODD[1])
 
 
+def restarts(steps, factor):
+    """The updates that restart, as far as an int32 counter comes: the first cycles and the last."""
+    starts, length = [0], 2 * steps
+    while starts[-1] + length <= INT32_MAX and len(starts) < 1000:
+        starts.append(starts[-1] + length)
+        length *= factor
+    last = INT32_MAX // length * length if factor == 1 else starts[-1]
+    return np.array(sorted({*starts[:40], starts[-1], last}))
+
+
+@ways
+@pytest.mark.parametrize("factor", [1, 2, 3, 10])
+@pytest.mark.parametrize("steps", [1, 3, 97, 2000, 2**29 + 1])
+def test_cosine_restarts_exactly_at_the_top_and_never_before(steps, factor, way):
+    call, dtype = WAYS[way]
+    starts = restarts(steps, factor)
+    before, after = starts[1:] - 1, starts[starts < INT32_MAX] + 1
+    iterations = np.concatenate([starts, before, after]).astype(np.int32 if way in ("tensor", "xla") else np.int64)
+    values = call(functools.partial(cosine_restarts, factor=factor))(iterations, ODD, steps)
+    assert (values[: len(starts)] == dtype(ODD[1])).all()
+    # The last update of the first fall has sin(pi / 4 / steps)**2 of the height left, that of longer ones less.
+    left = math.sin(math.pi / 4 / steps) ** 2
+    beside = values[len(starts) : len(starts) + len(before)]
+    assert (beside <= ODD[0] + (ODD[1] - ODD[0]) * left + 1e-6).all() and (beside >= ODD[0]).all()
+    if steps < 2000 and factor == 1:
+        assert (values[-len(after) :] < ODD[1]).all()
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 7])
+def test_cosine_restarts_is_the_formula_of_the_paper(factor):
+    values, length = [], 2 * 5
+    while len(values) < 400:
+        values += [1 + 2 * (1 + math.cos(math.pi * now / length)) / 2 for now in range(length)]
+        length *= factor
+    got = cosine_restarts(np.arange(400), (1, 3), 5, factor=factor)
+    np.testing.assert_allclose(got, values[:400], rtol=1e-13)
+
+
+ENDING = [functools.partial(one_cycle, shape=shape, tail=tail) for shape in ("linear", "cosine") for tail in (0.0, 0.1)]
+ENDING += [
+    functools.partial(trapezoid, shape=shape, decay=decay) for shape in ("linear", "1-sqrt") for decay in (0, 0.2)
+]
+
+
 @ways
 @pytest.mark.parametrize("steps", [1, 2, 3, 97, 2000, 2**30 - 1])
-@pytest.mark.parametrize("shape", ["linear", "cosine"])
-@pytest.mark.parametrize("tail", [0.0, 0.1])
-def test_one_cycle_ends_exactly_on_its_final_value_and_stays_there(steps, shape, tail, way):
+@pytest.mark.parametrize("function", ENDING, ids=str)
+def test_a_run_ends_exactly_on_its_final_value_and_stays_there(steps, function, way):
     call, dtype = WAYS[way]
-    function = functools.partial(one_cycle, shape=shape, tail=tail)
     last = 2 * steps - 1
     iterations = np.array([last, min(last + 1, INT32_MAX), min(4 * steps, INT32_MAX), INT32_MAX, last - 1])
     *values, before = call(function)(iterations, (0.2, 1.7), steps)
@@ -216,7 +305,7 @@ def test_triangular_is_smiths_formula_to_the_last_digits_where_that_is_precise(s
 @given(names_, steps_, iterations_, bounds_)
 def test_values_stay_within_the_bounds(name, steps, iterations, bounds):
     values = STEP_FUNCTIONS[name](np.array(iterations), bounds, steps)
-    lowest = 1e-3 * bounds[0] if name.startswith("one_cycle") else bounds[0]
+    lowest = 1e-3 * bounds[0] if name in ONE_RUN else bounds[0]
     assert (values >= lowest).all() and (values <= bounds[1]).all()
 
 
@@ -257,6 +346,28 @@ def test_tensor_eager_or_traced_agrees_with_array_to_float32(name, steps, iterat
     exponent = np.abs(iterations * math.log(0.99994)) if name == "exp_range" else 0
     height = np.maximum(array - bounds[0], 0)
     np.testing.assert_array_less(np.abs(tensor - array), 5e-7 * bounds[1] + 2e-7 * exponent * height + 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_the_other_backends_agree_with_arrays_too(backend):
+    pytest.importorskip(backend)
+    program = """
+import functools, keras, numpy as np
+from clr_utils import STEP_FUNCTIONS, cosine_restarts, trapezoid
+doubling, root = functools.partial(cosine_restarts, factor=2), functools.partial(trapezoid, shape="1-sqrt")
+iterations = np.array([*range(100), 2**24 + 1, 2**30 - 1, 2**31 - 1], "int32")
+for function in [*STEP_FUNCTIONS.values(), doubling, root]:
+    at = call = lambda i: function(i, (0.067, 0.58), 7)
+    if keras.backend.backend() == "jax":
+        import jax
+        call = jax.jit(at)
+    values = keras.ops.convert_to_numpy(call(keras.ops.convert_to_tensor(iterations)))
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, at(iterations), rtol=0, atol=5e-7)
+"""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=root, env=environment)
 
 
 @given(st.sampled_from([triangular, cosine]), steps_, iterations_, bounds_)
@@ -316,10 +427,10 @@ STEEPEST = {
 }
 
 
-@given(names_, st.integers(2, 10**6), st.integers(0, 2**31), st.integers(-2, 2), bounds_)
+@given(st.sampled_from(sorted(STEEPEST)), st.integers(2, 10**6), st.integers(0, 2**31), st.integers(-2, 2), bounds_)
 @example("triangular2", 10**6, 1, -1, (0.0, 1.0))
 @example("one_cycle", 1000, 1, -1, (0.1, 1.0))
-def test_no_schedule_jumps(name, steps, cycles, beside, bounds):
+def test_no_cycle_jumps(name, steps, cycles, beside, bounds):
     # Where a cycle begins, at its top, and where it ends is where a jump would be.
     for corner in (0, steps, round(0.45 * (2 * steps - 1)), round(0.9 * (2 * steps - 1))):
         iteration = max(0, min(2 * steps * (cycles % (INT32_MAX // (2 * steps))) + corner + beside, INT32_MAX - 1))
@@ -376,6 +487,41 @@ def test_one_cycle_has_no_jump_inside_the_run(shape):
     assert (values[:-1] > values[-1]).all()
 
 
+trapezoid_ = st.fixed_dictionaries(
+    {
+        "warmup": st.floats(0, 1),
+        "decay": st.floats(0, 1),
+        "final": st.floats(0, 1),
+        "shape": st.sampled_from(["linear", "1-sqrt"]),
+    }
+)
+
+
+@given(st.integers(2, 300), bounds_, trapezoid_)
+@example(2, (0.1, 1.0), dict(warmup=1.0, decay=0.0, final=0.0, shape="linear"))
+@example(3, (0.1, 1.0), dict(warmup=0.0, decay=1.0, final=1.0, shape="1-sqrt"))
+def test_trapezoid_rises_rests_and_falls_as_long_as_asked(steps, bounds, options):
+    assume(options["warmup"] + options["decay"] <= 1)
+    (low, high), last = bounds, 2 * steps - 1
+    values = trapezoid(np.arange(3 * steps), bounds, steps, **options)
+    at_top = np.flatnonzero(values == high)
+    assert values[0] == (low if options["warmup"] else high)
+    assert values[: at_top[0] + 1].tolist() == sorted(values[: at_top[0] + 1])  # up, once
+    assert values[at_top[-1] :].tolist() == sorted(values[at_top[-1] :], reverse=True)  # down, once
+    assert (values[at_top[0] : at_top[-1] + 1] == high).all()
+    assert abs(at_top[0] - options["warmup"] * last) <= 1
+    assert abs(last - at_top[-1] - options["decay"] * last) <= 1 + (options["final"] * low == high)
+    assert (values[last:] == options["final"] * low).all()
+
+
+def test_the_fall_of_the_trapezoid_is_linear_or_1_minus_sqrt():
+    # 101 updates at the top, then 99 to the end: final + (high - final) * (1 - sqrt(share of the fall)).
+    share = np.arange(100) / 99
+    for shape, expected in [("linear", 1 - share), ("1-sqrt", 1 - np.sqrt(share))]:
+        values = trapezoid(np.arange(200), (0.0, 1.0), 100, warmup=0, decay=99 / 199, shape=shape)
+        np.testing.assert_allclose(values[100:], expected, rtol=0, atol=1e-14)
+
+
 # ----------------------------------------------------------------------------------------------------- errors
 
 
@@ -386,27 +532,32 @@ def test_exp_range_refuses_gamma_outside_its_range(gamma):
     assert repr(gamma) in str(error.value)
 
 
+@pytest.mark.parametrize("factor", [0, -1, 1.5, 2.0, math.nan, "2", None])
+def test_cosine_restarts_refuses_a_factor_that_is_no_whole_growth(factor):
+    with pytest.raises(ValueError, match="int of at least 1") as error:
+        cosine_restarts(0, (0, 1), 1, factor=factor)
+    assert f"factor={factor!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("function, start, end", [(one_cycle, "peak", "tail"), (trapezoid, "warmup", "decay")])
 @pytest.mark.parametrize(
-    "options, needle",
-    [
-        (dict(peak=-0.1), "peak=-0.1"),
-        (dict(peak=1.1, tail=0), "peak=1.1"),
-        (dict(peak=math.nan), "peak=nan"),
-        (dict(tail=-0.1), "tail=-0.1"),
-        (dict(tail=1.5, peak=0), "tail=1.5"),
-        (dict(tail=math.nan), "tail=nan"),
-        (dict(peak=0.8, tail=0.3), "peak=0.8, tail=0.3"),
-        (dict(final=-1e-9), "final=-1e-09"),
-        (dict(final=1.1), "final=1.1"),
-        (dict(final=math.nan), "final=nan"),
-        (dict(shape="cubic"), "shape='cubic'"),
-        (dict(shape=None), "shape=None"),
-    ],
+    "first, second", [(-0.1, 0), (1.1, 0), (math.nan, 0), (0, -0.1), (0, 1.5), (0, math.nan), (0.8, 0.3)]
 )
-def test_one_cycle_refuses_parts_that_make_no_run(options, needle):
-    with pytest.raises(ValueError) as error:
-        one_cycle(0, (0, 1), 10, **options)
-    assert needle in str(error.value)
+def test_shares_that_make_no_run_are_refused(function, start, end, first, second):
+    with pytest.raises(ValueError, match="shares of the run") as error:
+        function(0, (0, 1), 10, **{start: first, end: second})
+    assert f"{start}={first!r}, {end}={second!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("function", [one_cycle, trapezoid])
+@pytest.mark.parametrize(
+    "option, value",
+    [("final", -1e-9), ("final", 1.1), ("final", math.nan), ("shape", "cubic"), ("shape", None)],
+)
+def test_a_final_value_or_shape_that_there_is_not_is_refused(function, option, value):
+    with pytest.raises(ValueError, match=r"shape is one of linear, ") as error:
+        function(0, (0, 1), 10, **{option: value})
+    assert f"{option}={value!r}" in str(error.value)
 
 
 @pytest.mark.parametrize("name", NAMES)

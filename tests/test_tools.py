@@ -15,10 +15,11 @@ import timing
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import clr_utils  # noqa: E402, I001
+import experiments  # noqa: E402, I001
 import keras  # noqa: E402
 import make_colab  # noqa: E402
 import run_notebooks  # noqa: E402
+import pandas as pd  # noqa: E402
 import train_rows  # noqa: E402
 
 
@@ -81,10 +82,11 @@ def test_a_colab_notebook_brings_along_what_it_reads(path, tmp_path, monkeypatch
     text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert ".ipynb)" not in text and ".ipynb#" not in text, "a link that leads nowhere in Colab"
     monkeypatch.chdir(tmp_path)
-    exec(notebook.cells[2].source.split("import clr_utils")[0], {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(notebook.cells[2].source.split("import experiments")[0], {})
     number = path.stem[:2]
     along = [*(ROOT / "figures" / "results").glob(f"{number}_*"), *(ROOT / "notebooks").glob(f"{number}_*.py")]
-    along = {file.relative_to(ROOT) for file in [ROOT / "clr_utils.py", *along]}
+    along = {file.relative_to(ROOT) for file in [ROOT / "clr_utils.py", ROOT / "notebooks" / "experiments.py", *along]}
     assert {file.relative_to(tmp_path) for file in tmp_path.rglob("*.*")} == along
     assert all((tmp_path / file).read_bytes() == (ROOT / file).read_bytes() for file in along)
 
@@ -97,42 +99,52 @@ def rows():
 def tiny(size):
     def network(batch_norm_momentum=0.95):
         layers = [keras.layers.GlobalAveragePooling2D(), keras.layers.BatchNormalization(momentum=batch_norm_momentum)]
-        return keras.Sequential([keras.Input((32, 32, 3)), *layers, keras.layers.Dense(10, "softmax")])
+        layers.append(keras.layers.Dense(10, "softmax", dtype="float32"))
+        return keras.Sequential([keras.Input((32, 32, 3)), *layers])
 
-    return size._replace(network=network, budgets=(2,))
+    return size._replace(network=network, budgets=(2,), seeds=(0, 1))
+
+
+def pretend(run, seed, data):
+    """A line as of a training: a higher rate gives a higher accuracy, up to 1."""
+    sizes = len(data.train[0]), len(data.test[0])
+    line = {**run.notes, "run": run.name, "seed": seed, "profile": experiments.profile(), "data": data.source}
+    line |= {"data_checksum": data.checksum, "code": experiments.code_of(run, *sizes, data.part)}
+    return line | {"train_size": sizes[0], "seconds": 1.0, "test_accuracy": -abs(run.notes.get("rate", 0) - 1)}
 
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """What `run_experiment` was asked for; a higher rate gives a higher accuracy, up to 1."""
-    asked = []
+    """What `run_experiment` was asked for, in place of the training."""
+    asked, recorded = [], {}
 
-    def run_experiment(experiment, runs, seeds, data, every_epoch=False):
+    def run_experiment(experiment, runs, seeds, data, every_epoch=False, settled=False, wait=True):
         (run,), (seed,) = runs, seeds
-        asked.append((experiment, run.name, seed))
-        line = {**run.notes, "experiment": experiment, "run": run.name, "seed": seed, "profile": clr_utils.profile()}
-        line |= {"data": data.source, "seconds": 1.0, "test_accuracy": -abs(run.notes.get("rate", 0) - 1)}
-        line |= {"code": clr_utils.code_of(run, len(data.train[0]), len(data.test[0]), data.part)}
-        clr_utils._append_line(clr_utils._results_file(tmp_path, experiment), line)
-        return [line]
+        if (experiment, run.name, seed) not in recorded:
+            asked.append((experiment, run.name, seed))
+            recorded[experiment, run.name, seed] = pretend(run, seed, data)
+            experiments._append_line(
+                experiments._results_file(tmp_path, experiment), recorded[experiment, run.name, seed]
+            )
+        return pd.DataFrame([recorded[experiment, run.name, seed]])
 
     monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path))
-    monkeypatch.setattr(clr_utils, "run_experiment", run_experiment)
+    monkeypatch.setattr(experiments, "run_experiment", run_experiment)
     return asked
 
 
 def test_rows_are_trained_in_order_of_worth_and_once(rows, trained):
     size = tiny(rows["POST"])
     done = rows["plan"](size, train_rows.Trainer(rows["images"], math.inf).train)
-    sections = ["post", "equal", "2 epochs", "long", "fewer", "augmented"]
-    assert sorted(done) == sorted(sections) and all(done.values())
-    assert len(trained) == len(set(trained))
+    assert sorted(done) == sorted(["post", "equal", "2 epochs", "long", "augmented", "BatchNorm"])
+    assert all(map(len, done.values())) and len(trained) == len(set(trained))
     assert trained[0] == ("04_post_network", "CLR 0.1-3.5", 0)
-    order = [trained.index(("04_post_network", name, 0)) for name in ("1cycle", "1cycle, 2 epochs")]
-    order += [trained.index(("04_post_network", "piecewise constant, 8 x as long", 0))]
-    order += [trained.index(("04_post_network", name, 0)) for name in ("BatchNorm 0.999", "1cycle, 10,000 images")]
+    wanted = [("Adam, default", 0), ("CLR 0.1-3.5", 1), ("1cycle", 0), ("piecewise constant, 8 x as long", 0)]
+    wanted += [("1cycle, 2 epochs", 0), ("1cycle, 16 epochs, augmented", 0), ("BatchNorm 0.999", 0)]
+    order = [trained.index(("04_post_network", *run)) for run in wanted]
     assert order == sorted(order)
-    assert {line["run"]: line for line in done["equal"]}["constant"]["test_accuracy"] == 0  # at the rate 1, beyond 0.3
+    best = done["equal"].set_index("run")["test_accuracy"]
+    assert (best["constant"] == 0).all()  # at the rate 1, beyond 0.3
     count = len(trained)
     rows["plan"](size, train_rows.Trainer(rows["images"], math.inf).train)
     assert len(trained) == count
@@ -141,16 +153,32 @@ def test_rows_are_trained_in_order_of_worth_and_once(rows, trained):
 def test_no_run_is_started_that_would_not_end_in_time(rows, trained, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(train_rows.time, "monotonic", lambda: now[0])
-    trainer, run_experiment = train_rows.Trainer(rows["images"], 100.0), clr_utils.run_experiment
+    trainer, run_experiment = train_rows.Trainer(rows["images"], 100.0), experiments.run_experiment
 
     def slow(*arguments, **options):
         now[0] += 40
         return run_experiment(*arguments, **options)
 
-    monkeypatch.setattr(clr_utils, "run_experiment", slow)
+    monkeypatch.setattr(experiments, "run_experiment", slow)
     with pytest.raises(train_rows.OutOfTime, match="constant 0.35"):
         rows["plan"](tiny(rows["POST"]), trainer.train)
     assert len(trained) == 2 and now[0] == 80
+
+
+def test_what_another_process_is_training_is_waited_for_at_the_end(rows, trained, monkeypatch):
+    run_experiment, waited = experiments.run_experiment, []
+
+    def busy(experiment, runs, seeds, data, wait=True, **options):
+        if runs[0].name == "constant 3.5" and not wait:
+            return pd.DataFrame()
+        waited.append((runs[0].name, wait))
+        return run_experiment(experiment, runs, seeds, data, **options)
+
+    monkeypatch.setattr(experiments, "run_experiment", busy)
+    train = train_rows.Trainer(rows["images"], math.inf).train
+    found = train("04_post_network", rows["post_rows"](tiny(rows["POST"]))[:3], (0,), 600)
+    assert waited == [("CLR 0.1-3.5", False), ("constant 0.35", False), ("constant 3.5", True)]
+    assert found["run"].tolist() == ["CLR 0.1-3.5", "constant 3.5", "constant 0.35"]
 
 
 def test_benchmarks_take_turns_and_compare_within_a_round():

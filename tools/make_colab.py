@@ -51,6 +51,7 @@ def self_contained(notebook, name):
     number = name[:2]
     along = [ROOT / "clr_utils.py", ROOT / "notebooks" / "experiments.py"]
     along += sorted((ROOT / "notebooks").glob(f"{number}_*.py"))
+    along += sorted((ROOT / "figures").glob(f"{number}_alt.json"))
     results = sorted((ROOT / "figures" / "results").glob(f"{number}_*.json*"))
     notebook.cells[2].source = CELL.format(
         results=", with the recorded results" if results else "", packed=packed(along + results)
