@@ -110,7 +110,12 @@ def test_the_residual_network_is_the_one_of_the_post():
 
 @pytest.mark.parametrize(
     "arguments, what",
-    [((30,), "width=30.*multiple of 4"), ((0,), "width=0"), ((8, -1), "blocks=-1"), ((8, 1, 1.0), "batch_norm_momentum=1.0")],
+    [
+        ((30,), "width=30.*multiple of 4"),
+        ((0,), "width=0"),
+        ((8, -1), "blocks=-1"),
+        ((8, 1, 1.0), "batch_norm_momentum=1.0"),
+    ],
 )
 def test_a_residual_network_that_cannot_be_built_says_why(arguments, what):
     with pytest.raises(ValueError, match=what):

@@ -38,42 +38,13 @@ ARITHMETIC = {
         "That is 0.14 points": "100 * (0.98 * 0.02 / 10000) ** 0.5",
     },
     "04_cifar_super_convergence": {
-        # The authors' log; the paper's drops.
-        "the descent: 17 points": "92.4 - 75.1",
-        ", 7 of them": "92.4 - 85.6",
-        "last 17 points": "92.4 - 75.1",
-        "figure, 1.2 points": "92.4 - 91.2",
-        "accuracy is 77%": "77.3",
-        ", 75% at": "75.1",
-        "though at 75%": "75.1",
         "hundredth from 75%": "100 * 3 / 4",
-        "paper's 62.5%": "100 * 5 / 8",
-        "and 87.5%": "100 * 7 / 8",
-        # The post's table, and its rows here.
-        "its 86%": "100 * 0.8636",
-        "its 86.36%": "100 * 0.8636",
-        "near 26%": "mean(last('constant 3.5'))",
-        "from 36%": "mean(last('CLR 0.1-3.5', 3))",
-        "to 60% in": "mean(last('CLR 0.1-3.5'))",
-        "gains 25 points": "mean(last('CLR 0.1-3.5')) - mean(last('CLR 0.1-3.5', 3))",
-        # BatchNorm's memory.
         "or 53%": "100 * 0.999**628",
         "or 62%": "100 * 0.999**471",
-        "gives 60%": "mean(last('CLR 0.1-3.5'))",
-        "end near 60%": "mean(last('CLR 0.1-3.5') + last('BatchNorm 0.99'))",
-        "and 24%, with": "mean(last('BatchNorm 0.999'))",
-        "ends near 24%": "mean(last('BatchNorm 0.999'))",
-        # Equal budgets.
-        "ended at 36%": "min(last('constant'))",
-        "near 59%": "mean(last('AdamW 1cycle'))",
-        "and 57%,": "mean(last('triangle'))",
-        "error by 2.8": "t(5)",
         "spends 70 of": "0.9 * (157 // 2)",
-        "over 13 points": "max(last('1cycle, 1 epoch')) - min(last('1cycle, 1 epoch'))",
     },
     "README": {  # the parameters, layer by layer
         "40,558": "32 * (9 + 1) + 16 * (9 * 32 + 1) + 20 * (9 * 16 + 1) + 64 * (5 * 5 * 20 + 1) + 10 * (64 + 1)",
-        "431,080": "20 * (25 + 1) + 50 * (25 * 20 + 1) + 500 * (4 * 4 * 50 + 1) + 10 * (500 + 1)",
     },
 }
 
