@@ -248,7 +248,7 @@ ENDING += [
 
 @ways
 @pytest.mark.parametrize("steps", [1, 2, 3, 97, 2000, 2**30 - 1])
-@pytest.mark.parametrize("function", ENDING, ids=str)
+@pytest.mark.parametrize("function", ENDING, ids=lambda f: f"{f.func.__name__} {f.keywords}")
 def test_a_run_ends_exactly_on_its_final_value_and_stays_there(steps, function, way):
     call, dtype = WAYS[way]
     last = 2 * steps - 1
