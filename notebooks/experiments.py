@@ -613,6 +613,7 @@ def _value(variable):
 def _own_sources(model, optimizer):
     """The source of your own functions and classes among what the two are made of, and the values that it refers to."""
     found, seen = [], {}  # seen keeps what it has seen alive, or another object could have its id
+    of_every_layer = vars(keras.layers.Layer(name="any")).keys()
 
     def is_own(thing):
         return (thing.__module__ or "").split(".")[0] not in (*LIBRARIES, *sys.stdlib_module_names)
@@ -641,9 +642,8 @@ def _own_sources(model, optimizer):
         elif type(thing).__module__.split(".")[0] in ("keras", "clr_utils", "experiments") or is_own(type(thing)):
             owned = is_own(type(thing))
             parts = [type(thing), getattr(thing, "_learning_rate", None)]
-            parts += (
-                [value for name, value in vars(thing).items() if name[0] != "_"] if hasattr(thing, "__dict__") else []
-            )
+            names = getattr(thing, "__dict__", {}).keys() - of_every_layer
+            parts += [vars(thing)[name] for name in sorted(names) if name[0] != "_"]
         for part in parts:
             look(part, owned)
 
@@ -752,7 +752,9 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
         return found
 
     done = recorded()
-    with tqdm(total=len(keys), initial=len(done), desc=experiment, unit="run", leave=False) as progress:
+    quiet = "TQDM_DISABLE" in os.environ  # in a notebook tqdm does not look there itself
+    bar = {"desc": experiment, "unit": "run", "leave": False, "disable": quiet}
+    with tqdm(total=len(keys), initial=len(done), **bar) as progress:
         for seed, run in itertools.product(seeds, runs):
             name = run.name, seed
             if name in done:

@@ -86,6 +86,7 @@ def test_a_colab_notebook_brings_along_what_it_reads(path, tmp_path, monkeypatch
     exec(notebook.cells[2].source.split("import experiments")[0], {})
     number = path.stem[:2]
     along = [*(ROOT / "figures" / "results").glob(f"{number}_*"), *(ROOT / "notebooks").glob(f"{number}_*.py")]
+    along.append(ROOT / "figures" / f"{number}_alt.json")
     along = {file.relative_to(ROOT) for file in [ROOT / "clr_utils.py", ROOT / "notebooks" / "experiments.py", *along]}
     assert {file.relative_to(tmp_path) for file in tmp_path.rglob("*.*")} == along
     assert all((tmp_path / file).read_bytes() == (ROOT / file).read_bytes() for file in along)
