@@ -118,8 +118,8 @@ class Trainer:
         flops = speed * operations_per_image(run.make_model())
         share = f", {flops / self.peak / 1e10:.1f}% of the peak" if self.peak else ""
         print(
-            f"{experiment}: {run.name}, seed {line['seed']}: {100 * line['test_accuracy']:.2f}% in {line['seconds']:.0f} s, "
-            f"{speed:,.0f} images/s, {flops / 1e12:.3g} TFLOP/s{share}",
+            f"{experiment}: {run.name}, seed {line['seed']}: {100 * line['test_accuracy']:.2f}% "
+            f"in {line['seconds']:.0f} s, {speed:,.0f} images/s, {flops / 1e12:.3g} TFLOP/s{share}",
             flush=True,
         )
 

@@ -21,6 +21,7 @@ exclude_patterns = [".*", "build", "tests", "tools", "**/.ipynb_checkpoints"]  #
 
 extensions = ["myst_nb"]
 nb_execution_mode = "off"  # what is committed is what is shown
+nb_ipywidgets_js = {}  # would come from the network, and no output needs it
 nb_merge_streams = True  # lines printed one after the other are one box
 nb_render_markdown_format = "myst"  # with tables; "gfm" would want linkify-it-py too
 myst_heading_anchors = 3
