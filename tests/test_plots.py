@@ -5,18 +5,17 @@ import pathlib
 import subprocess
 import sys
 
-import experiments
 import keras
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from experiments import STYLES, mnist_network, plot_comparison, plot_differences, plot_runs, profile, save_figure
 from matplotlib.text import Text
 from PIL import Image
 
 import clr_utils
+import experiments
 from clr_utils import (
     CLR,
     CyclicalLR,
@@ -29,6 +28,7 @@ from clr_utils import (
     plot_training,
     smooth,
 )
+from experiments import STYLES, mnist_network, plot_comparison, plot_differences, plot_runs, profile, save_figure
 
 ROOT = pathlib.Path(clr_utils.__file__).parent
 
@@ -137,6 +137,9 @@ def test_labels_at_the_ends_are_clear_of_each_other_in_order_and_in_the_picture(
     assert list(boxes) == [f"a rather long name {n}" for n in range(8)]
     assert_apart(boxes.values(), ax.figure)
     assert min(box.x0 for box in boxes.values()) > ax.bbox.x1  # beside the data
+    assert (
+        ax.bbox.y0 - 1 < min(box.y0 for box in boxes.values()) < max(box.y1 for box in boxes.values()) < ax.bbox.y1 + 1
+    )
     heights = [box.y0 for box in boxes.values()]
     assert heights == sorted(heights)
 
@@ -152,7 +155,9 @@ def test_labels_follow_limits_and_curves_that_end_early():
         assert set(boxes) == {"up", "ends early"}
         for name, height in (("up", 10), ("ends early", max(5, ax.get_ylim()[0]))):  # at the edge if it ends outside
             middle = (boxes[name].y0 + boxes[name].y1) / 2
-    assert middle == pytest.approx(ax.transData.transform((0, height))[1], abs=12)
+            assert middle == pytest.approx(ax.transData.transform((0, height))[1], abs=12)
+        leaders = [text.xycoords.transform(text.xy)[1] for text in ax.texts]
+        assert ax.bbox.y0 - 1 < min(leaders) < max(leaders) < ax.bbox.y1 + 1
 
 
 def test_vertical_lines_are_labelled_on_top():
