@@ -28,7 +28,7 @@ WRONG_ANSWERS = {
     "02_lr_range_test": [
         "answer = 2 / (3 * CURVATURE)  # as if the curvature grew like the input",
         "my_cycle = CLR((0.005, 0.05), 5 * UPDATES // 2, MOMENTUM_BOUNDS)  # batches of 32",
-        "adam = exponential  # from 1e-5 to 10",
+        "adam = first  # from 1e-5 to 10",
         "def knee(result):\n    return result.lr[np.argmin(result.smoothed)]  # all of the descent",
     ],
     "03_mnist_comparison": [
