@@ -9,11 +9,9 @@
     Range test   lr_range_test: the learning rates that a model tolerates, found without leaving a trace in it
     Plots        plot_schedule, plot_training, plot_range_test
 
-Words: an *update* (or *iteration*) is one step of the optimizer, counted from 0. *bounds* are the lowest and
-the highest learning rate, *momentum_bounds* the momentum at each of the two, and *steps* is the number of
-updates in HALF a cycle (the "stepsize" of Smith 2017, arXiv:1506.01186, section 3).
-
-It needs numpy and Keras, and for the pictures matplotlib and seaborn. Importing it changes no setting.
+An *update* (or *iteration*) is one step of the optimizer, counted from 0. *bounds* are the lowest and the highest
+learning rate, *momentum_bounds* the momentum at each of the two, and *steps* is the number of updates in HALF a cycle
+(the "stepsize" of Smith 2017, arXiv:1506.01186, section 3). Needs numpy and Keras; matplotlib and seaborn to draw.
 """
 
 import contextlib
@@ -59,10 +57,8 @@ def triangular2(iteration, bounds, steps):
 def exp_range(iteration, bounds, steps, gamma=0.99994):
     """The triangle with its amplitude multiplied by gamma**iteration; the lower bound stays.
 
-    In Smith's paper both bounds decline; the callbacks that made the name popular, and this function, shrink the
-    amplitude only. The exponent counts from the start of training, not of the cycle.
-
-    Source: Smith 2017, arXiv:1506.01186, section 3; github.com/bckenstler/CLR.
+    In Smith's paper (arXiv:1506.01186, section 3) both bounds decline; the callback that made the name popular
+    (github.com/bckenstler/CLR) shrinks the amplitude only. The exponent counts from the start of training.
 
     Args:
         gamma: factor per update, in (0, 1].
@@ -75,10 +71,7 @@ def exp_range(iteration, bounds, steps, gamma=0.99994):
 
 
 def cosine(iteration, bounds, steps):
-    """A wave with the triangle's turning points and no corners: half a cosine up, half a cosine down.
-
-    The "Hann window" among the shapes that Smith 2017 (arXiv:1506.01186, section 3) found equivalent.
-    """
+    """The triangle without corners: half a cosine up, half down (the "Hann window" of arXiv:1506.01186, section 3)."""
     xp, iteration = _numbers_of(iteration)
     return _between(xp, bounds, _rounded(xp, _triangle(xp, iteration, steps)))
 
@@ -86,9 +79,8 @@ def cosine(iteration, bounds, steps):
 def cosine_restarts(iteration, bounds, steps, factor=1):
     """From bounds[1] by half a cosine towards bounds[0], which the update of the restart would reach; and again.
 
-    The first fall takes 2 * steps updates: a whole cycle, as of the other schedules.
-
-    Source: Loshchilov & Hutter 2017, arXiv:1608.03983, section 3 (2 * steps is their T_0, factor their T_mult).
+    The first fall takes 2 * steps updates, a whole cycle of the others. Source: Loshchilov & Hutter 2017,
+    arXiv:1608.03983, section 3 (2 * steps is their T_0, factor their T_mult).
 
     Args:
         factor: each fall is this many times as long as the one before; an int of at least 1.
@@ -116,9 +108,8 @@ def one_cycle(iteration, bounds, steps, peak=0.45, tail=0.1, final=1e-3, shape="
     Source: Smith & Topin 2018, arXiv:1708.07120, section 3; Smith 2018, arXiv:1803.09820, section 4.
 
     Args:
-        peak: where the top is, as a share of the run. The default is the middle of what the tail leaves.
-        tail: share of the run for the fall below bounds[0]. With tail=0 the descent leads straight from the top to
-            the final value, as the default of fastai and PyTorch does.
+        peak: where the top is, as a share of the run; by default in the middle of what the tail leaves.
+        tail: share of the run for the fall below bounds[0]; 0: straight from the top to the end, as fastai has it.
         final: the last value as a fraction of bounds[0].
         shape: "linear" or "cosine" (each of the three pieces is then half a cosine).
     """
@@ -149,8 +140,7 @@ def trapezoid(iteration, bounds, steps, warmup=0.05, decay=0.2, final=1e-3, shap
     It ends as one_cycle does. Source: Hägele and others 2024, arXiv:2405.18392, section 3 (their "cooldown").
 
     Args:
-        warmup: share of the run for the straight rise from bounds[0]. With warmup=0 it starts at the top.
-        decay: share of the run for the fall; at least the last update.
+        warmup, decay: shares of the run for the straight rise from bounds[0], and for the fall.
         final: the last value as a fraction of bounds[0]; 0 for a fall to nothing.
         shape: of the fall: "linear", or "1-sqrt", which falls fast at first and slowly at the end.
     """
@@ -167,10 +157,8 @@ def trapezoid(iteration, bounds, steps, warmup=0.05, decay=0.2, final=1e-3, shap
     return value[()] if xp is np else value
 
 
-STEP_FUNCTIONS = {
-    function.__name__: function
-    for function in (triangular, triangular2, exp_range, cosine, cosine_restarts, one_cycle, trapezoid)
-}
+STEP_FUNCTIONS = (triangular, triangular2, exp_range, cosine, cosine_restarts, one_cycle, trapezoid)
+STEP_FUNCTIONS = {function.__name__: function for function in STEP_FUNCTIONS}
 STEP_FUNCTIONS["one_cycle_cosine"] = functools.partial(one_cycle, shape="cosine")
 
 
@@ -238,9 +226,9 @@ class CyclicalLR(keras.optimizers.schedules.LearningRateSchedule):
         bounds: the lowest and the highest learning rate, two finite numbers, 0 <= low <= high.
         steps: updates in half a cycle, a whole number of at least 1 (of one_cycle and trapezoid: in half of the
             run). With gradient_accumulation_steps=k Keras counts batches, not updates: give k times as many.
-        step_function: a name from STEP_FUNCTIONS, or any callable f(iteration, bounds, steps) -> value built from
-            arithmetic and keras.ops, or a functools.partial of one with keyword arguments. To save a model that
-            uses your own, decorate it with @keras.saving.register_keras_serializable().
+        step_function: a name from STEP_FUNCTIONS, or a callable f(iteration, bounds, steps) -> value in keras.ops, or a
+            functools.partial of one with keywords. To save a model with your own, decorate it with
+            @keras.saving.register_keras_serializable().
 
     Raises:
         ValueError, TypeError: for other arguments.
@@ -272,18 +260,16 @@ class CyclicalLR(keras.optimizers.schedules.LearningRateSchedule):
 class CLR(keras.optimizers.Optimizer):
     """Stochastic gradient descent with a cyclical learning rate and a cyclical momentum.
 
-    Both are computed in the training graph, as pure functions of the optimizer's one iteration counter. There
-    is no callback and no further state, so a saved model resumes in mid-cycle, and skipped steps (loss scaling)
-    do not move the cycle. With learning rate lr and momentum m of the update, gradient g and velocity v:
+    Both are computed in the training graph, as pure functions of the optimizer's one iteration counter: a saved model
+    resumes in mid-cycle. With learning rate lr and momentum m of the update, gradient g and velocity v:
 
         v = m * v - lr * g
         w = w + v            (nesterov: w = w + m * v - lr * g)
 
-    This is the form of keras.optimizers.SGD and of Caffe. PyTorch keeps lr outside of v, which is the same
-    while lr is constant and differs slightly while it moves.
+    This is the form of keras.optimizers.SGD and of Caffe; PyTorch keeps lr outside of v.
 
-    `learning_rate` and `momentum` are the values of the coming update. Nothing else can set them: callbacks such as
-    ReduceLROnPlateau are refused. Source: Smith 2017, arXiv:1506.01186; momentum: 2018, arXiv:1803.09820, section 4.3.
+    `learning_rate` and `momentum` are those of the coming update; callbacks that set the rate are refused.
+    Source: Smith 2017, arXiv:1506.01186; momentum: Smith 2018, arXiv:1803.09820, section 4.3.
 
     Args:
         bounds, steps, step_function: as for CyclicalLR.
@@ -291,9 +277,8 @@ class CLR(keras.optimizers.Optimizer):
             (0.95, 0.85); or one number for a constant momentum. Each in [0, 1). It follows the height of the
             cycle, step_function(i, (0, 1), steps) between 0 and 1, so it rests at the first in a tail below low.
         nesterov: whether to use Nesterov momentum.
-        **kwargs: weight_decay (Keras multiplies it by the current learning rate, so it cycles along), clipnorm,
-            clipvalue, global_clipnorm, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor and
-            gradient_accumulation_steps: as for keras.optimizers.SGD.
+        **kwargs: the other keywords of keras.optimizers.SGD. Its weight_decay is multiplied by the current learning
+            rate, so it cycles along.
 
     Raises:
         ValueError, TypeError: for other arguments, for a saved state that does not fit, and for setting the rate.
@@ -303,9 +288,7 @@ class CLR(keras.optimizers.Optimizer):
         self, bounds=(0.01, 3.0), steps=15, momentum_bounds=0.0, step_function="triangular", nesterov=False, **kwargs
     ):
         if "learning_rate" in kwargs or "momentum" in kwargs:
-            raise TypeError(
-                "CLR takes bounds=(lowest, highest) and momentum_bounds in place of learning_rate and momentum."
-            )
+            raise TypeError("CLR takes bounds=(low, high) and momentum_bounds in place of learning_rate and momentum.")
         momentum_bounds = _checked_momentum_bounds(momentum_bounds)
         super().__init__(learning_rate=CyclicalLR(bounds, steps, step_function), **{"name": "CLR", **kwargs})
         self.momentum_bounds = momentum_bounds
@@ -347,7 +330,10 @@ class CLR(keras.optimizers.Optimizer):
         super().build(variables)
         self.velocities = self.add_optimizer_variables(variables, "velocity") if max(self.momentum_bounds) else []
         if self._loaded is not None:
-            with _outside_of_tracing():
+            outside_of_tracing = contextlib.nullcontext  # where assignments happen now
+            if keras.backend.backend() == "tensorflow":
+                from tensorflow import init_scope as outside_of_tracing
+            with outside_of_tracing():
                 self._restore(self._loaded)
             self._loaded = None
 
@@ -378,8 +364,8 @@ class CLR(keras.optimizers.Optimizer):
         if len(saved) > 4 and not any(v.ndim for v in saved[:4]) and saved[0] == 0 < saved[3]:
             saved = saved[4:]
         if not saved:  # as Keras's optimizers do
-            message = "weights saved without optimizer, or not under mixed_float16 as here. The cycle does not resume."
-            warnings.warn(f"Nothing in the file for optimizer '{self.name}': {message}", stacklevel=2)
+            why = "saved without optimizer, or not under mixed_float16 as here. The cycle does not resume."
+            warnings.warn(f"Nothing in the file for optimizer '{self.name}': weights {why}", stacklevel=2)
         elif all(v.shape == () and v == 0 for v in saved):  # saved before its first update, maybe unbuilt: as new
             self._loaded = None
             self._restore([np.zeros(v.shape) for v in self.variables])
@@ -410,8 +396,8 @@ class CLR(keras.optimizers.Optimizer):
         raise ValueError(
             f"The saved state does not fit optimizer {self.name}. The file has {len(saved)} variables: "
             f"{shapes!s:.300}; with {given} there are {here}. Compile with the same settings and "
-            "trainable variables. Or take the weights alone and start the cycle anew: compile, "
-            "optimizer.build(model.trainable_variables), then load_weights(path, skip_mismatch=True)."
+            "trainable variables. Or take the weights alone: compile, optimizer.build(model.trainable_variables), "
+            "then load_weights(path, skip_mismatch=True). The cycle then starts anew."
         )
 
     def _restore(self, values):
@@ -426,11 +412,9 @@ class CLR(keras.optimizers.Optimizer):
 
 
 def current_values(optimizer):
-    """The learning rate and the momentum of the coming update, of any Keras optimizer.
+    """(learning rate, momentum) of the coming update as floats, of any Keras optimizer; the momentum of Adam is None.
 
-    Returns:
-        (learning rate, momentum) as floats, the momentum None where there is none (Adam). Those of the inner optimizer
-        of a LossScaleOptimizer, which mixed_float16 wraps around yours and which hands on the learning rate only.
+    Looks into a LossScaleOptimizer, which mixed_float16 wraps around yours and which hands on the learning rate only.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     momentum = getattr(optimizer, "momentum", None)
@@ -480,9 +464,8 @@ def _resolve_step_function(step_function):
 
 def _describe_step_function(step_function):
     """A JSON form of a step function: its name, or name and keyword arguments of a functools.partial."""
-    for name, known in STEP_FUNCTIONS.items():
-        if step_function is known:
-            return name
+    if known := [name for name, known in STEP_FUNCTIONS.items() if step_function is known]:
+        return known[0]
     if isinstance(step_function, functools.partial) and not step_function.args:
         return {"name": _describe_step_function(step_function.func), "arguments": dict(step_function.keywords)}
     name = keras.saving.get_registered_name(step_function) if hasattr(step_function, "__name__") else None
@@ -505,8 +488,7 @@ def _checked_bounds(bounds):
     low, high = _pair(bounds)
     if not 0 <= low <= high < math.inf:
         raise ValueError(
-            f"bounds={bounds!r}: give the lowest and the highest learning rate as two finite numbers with "
-            "0 <= low <= high, for example bounds=(0.001, 0.01)."
+            f"bounds={bounds!r}: give the lowest and the highest learning rate, finite and 0 <= low <= high."
         )
     return low, high
 
@@ -526,19 +508,9 @@ def _checked_steps(steps):
     whole = isinstance(steps, numbers.Real) and not isinstance(steps, bool) and steps == steps // 1
     if not whole or not 1 <= steps < 2**30:  # two of them must fit the int32 counter of JAX and torch
         raise ValueError(
-            f"steps={steps!r}: give the updates in half a cycle as a whole number of at least 1 (and below 2**30), "
-            "for example steps=2 * len(x_train) // batch_size."
+            f"steps={steps!r}: give the updates in half a cycle, a whole number of at least 1 (and below 2**30)."
         )
     return int(steps)
-
-
-def _outside_of_tracing():
-    """Where assignments happen now, not in a function that TensorFlow is tracing."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.init_scope()
-    return contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -549,44 +521,41 @@ def _outside_of_tracing():
 def settle_batch_norm(model, x, batch_size=128):
     """Estimates the running statistics of a model's BatchNormalization layers anew, at the weights it has now.
 
-    In training BatchNorm uses the mean and variance of each batch; everywhere else their running means, which are those
-    of weights that have moved on since. After high learning rates, or for averaged weights, the two can be far apart,
-    and a good network tests badly. Here each statistic becomes its mean over the batches of x. Nothing else in the
-    model changes: weights, optimizer and the states of dropout stay.
+    Outside of training BatchNorm uses running means, which are those of weights that have moved on since: after high
+    learning rates, or for averaged weights, a good network then tests badly. Here each statistic becomes its mean over
+    the batches of x. Nothing else changes. Source: Izmailov and others 2018, arXiv:1803.05407, section 3.2.
 
     Args:
         model: a built keras.Model.
-        x: training inputs, an array (samples, ...); some thousand samples will do. They are taken in their order.
+        x: training inputs, an array (samples, ...), taken in their order; some thousand samples will do.
         batch_size: samples of a batch, as in the training; what is left at the end is not used.
 
     Raises:
-        ValueError: if the model has no BatchNormalization layer that is trainable, or x is less than one batch.
-
-    Source: Izmailov and others 2018, arXiv:1803.05407, section 3.2, where averaged weights need it.
+        ValueError: if no BatchNormalization layer of the model is trainable, or x is less than one batch.
     """
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
-    layers = [layer for layer in layers if layer.trainable]
+    layers = {layer: layer.momentum for layer in layers if layer.trainable}
     if not layers:
         raise ValueError(f"model {model.name!r} has no trainable BatchNormalization layer: there is nothing to settle.")
     if len(x) < batch_size:
-        raise ValueError(
-            f"x holds {len(x)} samples, less than one batch of {batch_size}: give more, or a smaller batch."
-        )
-    own = {id(v) for layer in layers for v in layer.non_trainable_variables}
-    others = [
-        (v, ops.convert_to_numpy(ops.convert_to_tensor(v))) for v in model.non_trainable_variables if id(v) not in own
-    ]
-    momenta = [layer.momentum for layer in layers]
+        raise ValueError(f"x holds {len(x)} samples, less than one batch of {batch_size}: give more of them.")
+    settled = {id(v) for layer in layers for v in layer.non_trainable_variables}
+    others = [(v, _value_of(v)) for v in model.non_trainable_variables if id(v) not in settled]
     try:
         for k in range(len(x) // batch_size):
             for layer in layers:
-                layer.momentum = k / (k + 1)  # of the running mean: what makes it the plain mean of k + 1 batches
+                layer.momentum = k / (k + 1)  # makes the running mean the plain mean of k + 1 batches
             model(x[k * batch_size : (k + 1) * batch_size].astype(keras.config.floatx()), training=True)
     finally:
-        for layer, momentum in zip(layers, momenta):
+        for layer, momentum in layers.items():
             layer.momentum = momentum
         for variable, value in others:
             variable.assign(value)
+
+
+def _value_of(variable):
+    """A copy: torch gives the memory itself."""
+    return np.array(ops.convert_to_numpy(ops.convert_to_tensor(variable)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -614,38 +583,32 @@ def lr_range_test(
     validation_data=None,
     seed=0,
 ):
-    """Trains `model` for a few hundred updates with a rising learning rate, records the loss, and undoes it all.
+    """The RangeTest of `model`: some hundred updates with a rising learning rate, and the loss of each; then undone.
 
     Afterwards everything is as before, whatever ended the test, an exception or Ctrl-C included: weights, BatchNorm,
     dropout seeds, optimizer, metrics, compiled functions, history, and the random states of Python, NumPy, Keras and
     the backend. A `fit` after it gives the same bits as one without it. (What was not built is built, and stays so.)
     Only the data cannot be put back: a generator goes on where the test left it, and a tf.data shuffle counts its
-    passes in the dataset object (build a second one for the test, if the order afterwards must not change).
-    Source: Smith 2017, arXiv:1506.01186, section 3.3; Smith 2018, arXiv:1803.09820, section 4.1.
+    passes in the dataset object. Source: Smith 2017, arXiv:1506.01186, section 3.3, and arXiv:1803.09820, section 4.1.
 
     Args:
-        model: a compiled keras.Model. It is trained as it stands and was compiled, mid-training too, but by a second
-            optimizer that does the same, with slots that start at zero (no momentum from before).
+        model: a compiled keras.Model, trained as it stands, by a copy of its optimizer with new slots.
         x, y: arrays (or lists, tuples, dicts of arrays) of equal length, read in an order drawn from `seed`, without
-            incomplete batches; or, with y=None, a tf.data.Dataset, a keras PyDataset (its `workers` are not used), a
-            list, a generator or another iterable of batches (x, y) or (x, y, sample_weight). What ends early is read
-            again; a generator, which cannot be, ends the test.
+            incomplete batches; or, with y=None, a tf.data.Dataset, PyDataset, list, generator or other iterable of
+            batches (x, y) or (x, y, sample_weight), read again where that is possible (not of a generator).
         lr_bounds: first and last learning rate, low < high.
         num_steps: updates from one to the other, at least 10 (batches, with gradient accumulation). The velocity is
             late: with momentum 0.9, over six decades, 600 updates read 1.2 times too high, 100 updates 2.2 times.
         sweep: "exponential" (equal factors) or "linear" (equal differences, for a closer look; low may be 0).
         batch_size: samples in a batch, where the data are arrays.
-        stop_factor: the test ends when the smoothed loss has lost stop_factor - 1 quarters of its descent (by default
-            three) in a rise beyond noise; math.inf: never. A loss that is not finite always ends it.
-        smoothing: share of the past in the smoothed loss (see `smooth`).
+        stop_factor: it ends when the smoothed loss has lost stop_factor - 1 quarters of its descent in a rise beyond
+            noise (math.inf: never), or a loss is not finite.
+        smoothing: as in `smooth`.
         momentum: overrides the optimizer's, in [0, 1). By default CLR uses momentum_bounds[1], constant: the momentum
             it will have at the high learning rate, which is what the test is to find. Others keep their own.
         sample_weight, class_weight: as for `fit`.
         validation_data: as for `fit`, but no generator. Its loss is taken up to 20 times; each costs an evaluation.
         seed: of the order in which arrays and the batches of a PyDataset are read.
-
-    Returns:
-        A RangeTest.
 
     Raises:
         ValueError, TypeError: for arguments outside these limits. Errors in the data come through as they are.
@@ -672,7 +635,8 @@ def _sweep(model, batches, schedule, class_weight, validation, asked):
     for step, batch in enumerate(batches):
         # An update that loss scaling skips does not move the rate.
         rate = float(ops.convert_to_numpy(model.optimizer.learning_rate) if loss_scaled else schedule.at(step))
-        model.reset_metrics()  # before Keras 3.14 train_on_batch reports the mean since the last reset
+        if int(keras.version().split(".")[1]) < 15:  # where train_on_batch reports the mean since the last reset
+            model.reset_metrics()
         logs = model.train_on_batch(*batch, class_weight=class_weight, return_dict=True)
         if not math.isfinite(logs["loss"]):
             when = f"update {step}" if step else "the very first update: look at the model and its data"
@@ -699,11 +663,11 @@ def _sweep(model, batches, schedule, class_weight, validation, asked):
 
 
 def _validation_loss(model, data, batch_size):
-    of_arrays = isinstance(data, (tuple, list))
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(data) if of_arrays else (data, None, None)
-    size = batch_size if of_arrays else None
+    given = {"x": data}
+    if isinstance(data, (tuple, list)):
+        given = dict(zip(("x", "y", "sample_weight"), data), batch_size=batch_size)
     with _random_states_kept():  # torch draws from its own, even to read in order
-        return model.evaluate(x, y, batch_size=size, verbose=0, sample_weight=weight, return_dict=True)["loss"]
+        return model.evaluate(**given, verbose=0, return_dict=True)["loss"]
 
 
 def _limit(loss, smoothed, num_steps, stop_factor, smoothing, **_):
@@ -746,10 +710,7 @@ class RangeTest:
     smoothing: float
 
     def suggest(self):
-        """Three customary readings of the smoothed loss without its first tenth and last 5 points, as fastai's lr_find.
-
-        Returns:
-            Suggestions(valley, steepest, minimum, why).
+        """Suggestions from the smoothed loss without its first tenth and last 5 points, as of fastai's lr_find.
 
         Raises:
             ValueError: with the reason, where there are less than 10 points, or no descent (from the mean of the first
@@ -763,21 +724,18 @@ class RangeTest:
         valley = max(0, end - length) + int(length / 3) + int(length / 6)
         steepest = int(np.argmin(np.diff(loss) / np.diff(np.log(lr))))
         lowest = int(np.argmin(loss))
-        falling = f"The smoothed loss was still falling at the last kept rate, {lr[-1]:.3g}: try a higher lr_bounds[1]."
-        why = falling if lowest == len(loss) - 1 else "The smoothed loss falls and rises again."
+        falls = f"The smoothed loss was still falling at the last kept rate, {lr[-1]:.3g}: try a higher lr_bounds[1]."
+        why = falls if lowest == len(loss) - 1 else "The smoothed loss falls and rises again."
         return Suggestions(float(lr[valley]), float(lr[steepest]), float(lr[lowest]) / 10, why)
 
     def bounds(self, high_of_break=1 / 8, low_of_high=1 / 10):
-        """The bounds for CLR: high is an eighth of the rate at which the loss breaks away, low a tenth of high.
+        """(low, high) for CLR: high is an eighth of the rate at which the loss breaks away, low a tenth of high.
 
         A sweep passes each rate in a few updates; a training stays there for hundreds, and tolerates less: notebook 02.
         Source of low: Smith 2018, arXiv:1803.09820, section 4.1.
 
         Args:
             high_of_break, low_of_high: the two fractions.
-
-        Returns:
-            (low, high).
 
         Raises:
             ValueError: with the reason, where `suggest` has no suggestion, or where the loss did not break.
@@ -893,7 +851,7 @@ def _compiled_for_a_while(model, optimizer):
     metrics = keras.tree.flatten([given["metrics"], given["weighted_metrics"]])  # maybe not in model.metrics yet
     metrics = [metric for metric in metrics if isinstance(metric, keras.metrics.Metric)]
     variables = [*model.variables, *(v for metric in [*model.metrics, *metrics] for v in metric.variables)]
-    values = [np.array(ops.convert_to_numpy(v.value)) for v in variables]  # copies: torch gives the memory itself
+    values = [_value_of(v) for v in variables]
     try:
         keras.Model.compile(model, **given)  # not a `compile` of the model's class
         yield
@@ -920,7 +878,7 @@ def _random_states_kept():
         afterwards.callback(np.random.set_state, np.random.get_state())
         afterwards.callback(global_state.set_global_attribute, name, generator)
         if generator is not None:
-            afterwards.callback(generator.state.assign, np.array(ops.convert_to_numpy(generator.state.value)))
+            afterwards.callback(generator.state.assign, _value_of(generator.state))
         if backend == "tensorflow":
             _keep_tensorflow_random_states(afterwards)
         if torch:
@@ -1045,11 +1003,7 @@ INK, FAINT = "indigo", {"color": "0.75", "linewidth": 0.6}  # a curve alone; eac
 
 
 class LossPerUpdate(keras.callbacks.Callback):
-    """Keeps the loss of every update in `losses`: the mean over that batch, before the update.
-
-    Metrics are reset before each batch (Keras reports running means), so `History` is that of the last batch of an
-    epoch: use `model.evaluate`. Needs `compile(steps_per_execution=1)`, the default.
-    """
+    """Keeps the loss of every update in `losses`. Resets metrics (Keras reports running means) before each batch."""
 
     def on_train_begin(self, logs=None):
         if (self.model.steps_per_execution or 1) != 1:
@@ -1064,11 +1018,7 @@ class LossPerUpdate(keras.callbacks.Callback):
 
 
 def smooth(values, smoothing):
-    """Exponential mean of an array, bias-corrected so that the first values are not drawn towards 0. Shape as given.
-
-    Args:
-        smoothing: share of the past in the mean, in [0, 1).
-    """
+    """Exponential mean of an array, bias-corrected; smoothing is the share of the past in it. Shape as given."""
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing={smoothing!r}: it is the share of the past in the mean, in [0, 1).")
     mean, smoothed = 0.0, []
@@ -1092,9 +1042,8 @@ def new_axes(rows=1, columns=1, *, title=None, height=3.6, heights=None, axes=No
     """A flat array of `rows * columns` axes with a shared x axis, in one theme and of one width.
 
     Args:
-        title: what the figure shows; wrapped to its width.
+        title: what the figure shows, wrapped to its width; of `axes`, in place of new ones, where they are given.
         height, heights: of the figure, in inches; of the rows, relative to each other.
-        axes: given, they get the title in place of new ones.
     """
     import matplotlib.pyplot as plt
 
@@ -1118,10 +1067,8 @@ def line_styles(n):
 
 @theme()
 def label_ends(ax):
-    """Writes the labels of lines where they end, beside the axes and clear of each other, in place of a legend.
-
-    Curves are labelled on the right, vertical lines on top. Call it again when limits have changed.
-    """
+    """Writes the labels of curves on their right, those of vertical lines on top, clear of each other: in place of a
+    legend. Call it again when limits have changed."""
     for text in [text for text in ax.texts if text.get_gid() == "end"]:
         text.remove()
     sides = [], []  # labels on top share the room along x (axis 0), on the right along y (axis 1)
@@ -1140,10 +1087,10 @@ def label_ends(ax):
         lines = sorted(sides[axis], key=lambda line: tip(line)[axis])
         texts = [line.get_label().split("\n") for line in lines]
         sizes = em[axis] * np.array([(0.6 * max(map(len, rows)) + 0.4, 1.2 * len(rows))[axis] for rows in texts])
-        before = np.cumsum(sizes) - sizes
-        starts = [tip(line)[axis] for line in lines] - sizes / 2 - before  # no two overlap where these never fall
-        starts = (np.maximum.accumulate(starts) + np.minimum.accumulate(starts[::-1])[::-1]) / 2
-        centres = starts.clip(0, max(0, 1 - sizes.sum())) + before + sizes / 2
+        middle = np.cumsum(sizes) - sizes / 2
+        shifts = [tip(line)[axis] for line in lines] - middle  # no two overlap where these never fall
+        shifts = (np.maximum.accumulate(shifts) + np.minimum.accumulate(shifts[::-1])[::-1]) / 2
+        centres = middle + shifts.clip(0, max(0, 1 - sizes.sum()))
         for line, centre in zip(lines, centres):
             place = np.insert([1 + 1.3 * em[1 - axis]], axis, centre)
             leader = {"arrowstyle": "-", "color": line.get_color(), "relpos": ((0.5, 0), (0, 0.5))[axis], "shrinkB": 0}
@@ -1159,10 +1106,9 @@ def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ti
 
     Args:
         schedule: a CLR, a CyclicalLR, an array of values, one per update, or a function of an integer array.
-        quantity: `"learning rate"` or `"momentum"`; the label of the y axis.
-        label: written where the line ends. Call again with the same `ax` to compare.
+        quantity: `"learning rate"` or `"momentum"`.
+        label: written where the line ends. Call again with the same `ax` to compare; **style is for `ax.plot`.
         title, ax: of the figure; axes to draw into, in place of a new figure.
-        **style: for `ax.plot`.
     """
     if quantity not in ("learning rate", "momentum") or (quantity == "momentum" and isinstance(schedule, CyclicalLR)):
         raise ValueError(f"quantity={quantity!r}: it can be 'learning rate' or, but for a CyclicalLR, 'momentum'.")
@@ -1187,10 +1133,8 @@ def plot_training(loss, learning_rate, momentum=None, *, smoothing=0.97, title=N
     """Draws learning rate, momentum and loss of each update on one shared x axis and returns the axes, the loss last.
 
     Args:
-        loss, learning_rate: arrays of shape `(updates,)`.
-        momentum: the same, or `None` for an optimizer without: it has no panel then.
-        smoothing: share of the past in the smoothed loss, as in `smooth`.
-        title, axes: of the figure; one for each panel, in place of a new figure.
+        loss, learning_rate, momentum: arrays of shape `(updates,)`; without momentum, no panel for it.
+        smoothing, title, axes: as in `smooth`; of the figure; one for each panel, in place of a new figure.
     """
     above = {"learning\nrate": learning_rate, "momentum": momentum}
     above = {name: values for name, values in above.items() if values is not None}
@@ -1209,7 +1153,7 @@ def plot_training(loss, learning_rate, momentum=None, *, smoothing=0.97, title=N
 
 
 def set_loss_axis(ax, label):
-    """Labels axes of a loss over updates, in a logarithmic scale if what is drawn spans a factor of 5."""
+    """Labels axes of a loss over updates; in a logarithmic scale where it spans a factor of 5."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     ax.set(xlabel="update", ylabel=label)
@@ -1221,10 +1165,9 @@ def set_loss_axis(ax, label):
 
 @theme()
 def plot_range_test(result, ax=None, *, title=None):
-    """Draws loss against learning rate, with what the result suggests, and returns the axes.
+    """Draws the loss of a RangeTest against the learning rate, with what it suggests, and returns the axes.
 
     Args:
-        result: the RangeTest of `lr_range_test`. The y axis ends a little above its loss at the start.
         ax, title: axes to draw into, in place of a new figure; of the figure.
     """
     if not isinstance(result, RangeTest):

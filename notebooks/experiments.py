@@ -63,6 +63,7 @@ from clr_utils import (
     INK,
     CyclicalLR,
     _random_states_kept,
+    _value_of,
     current_values,
     label_ends,
     line_styles,
@@ -495,6 +496,11 @@ def code_of(run, train_size, test_size, part="test"):
     Raises:
         ValueError: if make_model or make_optimizer hands out the same object twice.
     """
+    return _code_and_model(run, train_size, test_size, part)[0]
+
+
+def _code_and_model(run, train_size, test_size, part):
+    """`code_of`, and one of the models that were built for it."""
     models, optimizers = [], []
     for seed in (0, 1):
         with _random_states_kept(), _built_in(run.precision):
@@ -512,7 +518,7 @@ def code_of(run, train_size, test_size, part="test"):
     hidden = [_set_weights(*models), _state_beside_config(optimizers[0]), _own_sources(models[0], optimizers[0])]
     if any(hidden):
         what.append(hidden)
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12], models[0]
 
 
 def _check_made_anew(run, models, optimizers):
@@ -564,7 +570,7 @@ def _set_weights(first, second):
     """Checksums of the weights that do not follow from the seed and are not all 0 or all 1, by position."""
     found = []
     for n, pair in enumerate(zip(first.variables, second.variables)):
-        a, b = map(_value, pair)
+        a, b = map(_value_of, pair)
         if np.array_equal(a, b) and not ((a == 0).all() or (a == 1).all()):
             found.append([n, hashlib.sha256(a.tobytes()).hexdigest()])
     return found
@@ -582,8 +588,8 @@ def _state_beside_config(optimizer):
         if here != there:
             found.append([name, here])
     for n, (here, there) in enumerate(zip(optimizer.variables, twin.variables)):
-        if not np.array_equal(_value(here), _value(there)):
-            found.append([n, _value(here).tolist()])
+        if not np.array_equal(_value_of(here), _value_of(there)):
+            found.append([n, _value_of(here).tolist()])
     inner = getattr(optimizer, "inner_optimizer", None)
     return found + (_state_beside_config(inner) if inner is not None else [])
 
@@ -604,10 +610,6 @@ def _simple(value):
     if isinstance(value, dict):
         return {str(k): _simple(v) for k, v in value.items()} or None
     return None
-
-
-def _value(variable):
-    return np.array(ops.convert_to_numpy(ops.convert_to_tensor(variable)))
 
 
 def _own_sources(model, optimizer):
@@ -735,10 +737,11 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
     path, checksum = _results_file(_output_folder(), experiment), data.checksum
     keys = {}
     for run in runs:
-        _check_classifier(run, data)
+        code, model = _code_and_model(run, *_sizes_of(data), data.part)
+        _check_classifier(run, model, data)
         of_all_seeds = {
             **{"experiment": experiment, "run": run.name, "profile": profile(), "data": data.source},
-            **{"data_checksum": checksum, "code": code_of(run, *_sizes_of(data), data.part)},
+            **{"data_checksum": checksum, "code": code},
         }
         keys |= {(run.name, seed): {**of_all_seeds, "seed": seed} for seed in seeds}
     asked = {name for name, wanted in (("every_epoch", every_epoch), ("settled_accuracy", settled)) if wanted}
@@ -910,7 +913,7 @@ def _evaluated(model, data, batch_size, settled):
     """Test loss and accuracy with the running statistics of BatchNorm and, where asked for, with settled ones."""
     result = dict(zip(("test_loss", "test_accuracy"), _loss_and_accuracy(model, *data.test)))
     if settled:
-        before = [(v, _value(v)) for v in model.non_trainable_variables]
+        before = [(v, _value_of(v)) for v in model.non_trainable_variables]
         settle_batch_norm(model, data.train[0][: SETTLING_BATCHES * batch_size], batch_size)
         result |= zip(("settled_loss", "settled_accuracy"), _loss_and_accuracy(model, *data.test))
         for variable, value in before:
@@ -985,7 +988,7 @@ def _write_checkpoint(path, variables, order, progress):
     """The state after an epoch, in one piece or not at all."""
     part = path.with_suffix(".part")
     text = json.dumps({"order": order.bit_generator.state, **progress})
-    arrays = {str(n): _value(variable) for n, variable in enumerate(variables)}
+    arrays = {str(n): _value_of(variable) for n, variable in enumerate(variables)}
     with open(part, "wb") as file:
         np.savez(file, progress=np.array(text), **arrays)
         file.flush()
@@ -1033,10 +1036,8 @@ def _checked_data(data):
     return data._replace(train=parts[0], test=parts[1])
 
 
-def _check_classifier(run, data):
+def _check_classifier(run, model, data):
     """That the runner can train what the run makes, found out before any training."""
-    with _random_states_kept(), _built_in(run.precision):
-        model = run.make_model()
     classes = int(max(data.train[1].max(), data.test[1].max())) + 1
     shapes = model.output_shape
     one_output = isinstance(shapes, tuple) and len(shapes) == 2

@@ -68,21 +68,20 @@ def test_in_bfloat16_the_statistics_are_in_float32():
 
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="has no fused kernel")
-def test_the_fused_kernel_is_used_in_training_and_nowhere_else(monkeypatch):
+def test_the_fused_kernel_is_used_where_it_can_and_nowhere_else(monkeypatch):
     used, name = [], f"_fused_on_{keras.backend.backend()}"
     kernel = getattr(experiments, name)
     monkeypatch.setattr(experiments, name, lambda *arguments: used.append(1) or kernel(*arguments))
     layer, x = experiments.BatchNormalization(), ops.convert_to_tensor(IMAGES)
-    layer(x, training=True)
-    assert len(used) == 1
-    layer(x)
-    layer(x, training=False)
+    for training in (True, False, None):
+        layer(x, training=training)
+    frozen = experiments.BatchNormalization(trainable=False)
+    before = value(frozen(x, training=True))  # as in inference
+    assert len(used) == 4 and np.allclose(before, IMAGES / np.sqrt(1.001), atol=1e-4)
     layer(x, training=True, mask=ops.ones(IMAGES.shape[:3], dtype="bool"))
     experiments.BatchNormalization(axis=1)(x, training=True)
     experiments.BatchNormalization()(ops.convert_to_tensor(IMAGES[:, 0, 0]), training=True)
-    frozen = experiments.BatchNormalization(trainable=False)
-    before = value(frozen(x, training=True))
-    assert len(used) == 1 and np.allclose(before, IMAGES / np.sqrt(1.001), atol=1e-4)
+    assert len(used) == 4
 
 
 def test_a_saved_network_comes_back_with_its_layer(tmp_path):
