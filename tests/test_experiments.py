@@ -303,7 +303,8 @@ def test_a_seed_that_keras_draws_for_a_layer_is_not_in_the_code():
         return keras.Sequential([keras.Input((4, 4, 1)), *layers])
 
     state = random.getstate()
-    codes = [experiments.code_of(ROW._replace(make_model=make), 64, 32) for make in (cropped, cropped)]
+    makers = cropped, lambda: [random.random(), cropped()][1]  # the second draws another seed for its layer
+    codes = [experiments.code_of(ROW._replace(make_model=make), 64, 32) for make in makers]
     assert codes[0] == codes[1] != experiments.code_of(ROW._replace(make_model=lambda: cropped(3)), 64, 32)
     assert random.getstate() == state
 
@@ -630,14 +631,16 @@ def test_the_comparisons_of_a_family_are_corrected_together():
     alone = experiments.compare(frame(*lines), [("a", "b")])
     family = experiments.compare(frame(*lines), [("a", "b"), ("a", "c"), ("a", "d"), ("a", "e")])
     assert alone.verdict[0] == "ahead" and family.verdict[0] == "not told apart"
+    singly = [experiments.compare(frame(*lines), [("a", name)]).p_holm[0] for name in "bcde"]
     assert family.p_holm[0] == pytest.approx(4 * alone.p_holm[0])
+    assert family.p_holm[1] == pytest.approx(min(1, 3 * singly[1]))  # the second smallest of the four, three times
     assert (family.low[0], family.high[0]) == (alone.low[0], alone.high[0])
 
 
 @pytest.mark.parametrize(
     "others, n",
     [
-        ([line_of("b", s, a) for s, a in enumerate((0.96, 0.97))], 2),  # two pairs
+        ([line_of("b", s, a) for s, a in enumerate((0.96, 0.9699))], 2),  # two pairs, far from 0
         ([line_of("b", s, a - 0.01) for s, a in enumerate((0.97, 0.98, 0.99))], 3),  # all differences are equal
         ([line_of("b", 2, 0.5)], 1),
     ],
