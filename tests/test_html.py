@@ -144,6 +144,15 @@ def is_dark(tab):
     return int(colour.split("(")[1].split(",")[0]) < 128
 
 
+def test_a_figure_opens_in_full_size(site, visit):
+    tab = visit(390, 844)
+    tab.goto((site / "notebooks" / f"{NOTEBOOKS[0].stem}.html").as_uri())
+    picture = tab.locator("article img").first
+    source = picture.evaluate("image => image.src")
+    picture.click()
+    tab.wait_for_url(source)
+
+
 def test_index_toggle_and_search(site, visit):
     tab = visit()
     tab.goto((site / "index.html").as_uri())

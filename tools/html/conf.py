@@ -31,6 +31,8 @@ html_theme = "furo"
 html_extra_path = ["index.html"]
 html_static_path = ["pages.css"]
 html_css_files = ["pages.css"]
+ENLARGE = "document.addEventListener('click', e => { if (e.target.matches('article img')) location = e.target.src })"
+html_js_files = [(None, {"body": ENLARGE})]  # a figure opens in its full size on a tap
 html_use_index = html_copy_source = False
 html_show_copyright = False
 html_show_search_summary = False  # fetches the pages found, which browsers forbid under file://
