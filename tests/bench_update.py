@@ -18,8 +18,8 @@ import statistics
 import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent / "notebooks"))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import experiments  # isort: skip  # imports Keras without TensorFlow's greeting, so it comes first
 import keras
@@ -28,7 +28,6 @@ from timing import alternating, ratio
 
 import clr_utils
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "figures" / "results" / "05_updates.json"
 BOUNDS, STEPS = (0.001, 0.01), 50
 NETWORKS = {  # name: (network, shape of its images, batch size, updates in a measurement, of which in one call)
@@ -61,7 +60,7 @@ def contestants(network, images, labels, batch_size, in_one_call):
         options = {"shuffle": False, "verbose": 0, "callbacks": list(callbacks)}
         if keras.backend.backend() != "tensorflow":
             return lambda: model.fit(images, labels, batch_size=batch_size, **options)
-        # On arrays, the end of a fit is held up by a thread of tf.data (see _without_autotune), at times by seconds.
+        # On arrays, the end of a fit is held up by a thread of tf.data (see _batches_in_graph), at times by seconds.
         batches = experiments._batches_in_graph(images, labels, np.arange(len(images)), batch_size)
         return lambda: model.fit(batches, steps_per_epoch=len(images) // batch_size, **options)
 

@@ -33,7 +33,8 @@ TIME_LIMIT = 600  # seconds for all checks of a backend; its own child processes
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "XLA_FLAGS" not in os.environ and "KERAS_DISTRIBUTION_NUM_PROCESSES" not in os.environ:
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"  # JAX: two devices out of one processor
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"  # JAX: two devices out of one processor,
+    os.environ.setdefault("PJRT_NPROC", "16")  # which in a pool of two threads can wait for each other for ever
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402

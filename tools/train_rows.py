@@ -1,12 +1,13 @@
 """Trains the recorded rows of notebook 04 that are missing, the most telling first, for a limited time.
 
-    python tools/train_rows.py full --minutes 60                      # the post's network: for a GPU
-    KERAS_BACKEND=jax python tools/train_rows.py full --minutes 9     # the same without TensorFlow
-    python tools/train_rows.py quick                                  # the small network: two hours or so on two cores
+    python tools/train_rows.py full --processes 2 --minutes 600       # the post's network: twenty hours on two cores
+    KERAS_BACKEND=jax python tools/train_rows.py full --minutes 9     # the same without TensorFlow, on a GPU
+    python tools/train_rows.py quick --processes 2                    # the small network
 
 What is trained, and in which order, is defined in the notebook, in the cells tagged "rows" (`plan`). Each finished run
-is one line in figures/results, in CLR_OUTPUT_DIR if that is set, so a later call goes on where this one stopped. A run
-is started only if it is likely to end in time. Real data only; CLR_DATA_DIR names the folder of cifar10.npz.
+is one line in figures/results, in CLR_OUTPUT_DIR if that is set; a later call goes on where this one stopped, in the
+middle of a run too. A run is started only if it is likely to end in time. Real data only; CLR_DATA_DIR names the folder
+of cifar10.npz.
 """
 
 import argparse
