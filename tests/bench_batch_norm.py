@@ -2,7 +2,7 @@
 
     python tests/bench_batch_norm.py [ROUNDS] [--batch 128] [--write]
 
-In one process, in float32 and bfloat16; all take turns, and each ratio is the median over the rounds of the ratio in the
+In one process, in float32 and bfloat16; all take turns, and each ratio is the median over the rounds of that in the
 same round (timing.py). Nothing else should run on the machine. --write: into figures/results, for notebook 04.
 """
 

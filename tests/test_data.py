@@ -16,11 +16,12 @@ import tarfile
 import threading
 import warnings
 
-import experiments
 import keras
 import numpy as np
 import pooch
 import pytest
+
+import experiments
 from experiments import Dataset, hold_out, load_cifar10, load_mnist, subset
 
 SHAPES = {"x_train": (12, 28, 28), "y_train": (12,), "x_test": (5, 28, 28), "y_test": (5,)}

@@ -16,10 +16,10 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from experiments import Dataset, Run
 from filelock import FileLock
 
 from clr_utils import CLR, CyclicalLR
+from experiments import Dataset, Run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 rng = np.random.default_rng(0)
