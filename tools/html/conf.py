@@ -1,7 +1,7 @@
-"""Sphinx settings for `make html`: README.md as the first page, then the notebooks with their committed outputs.
+"""Sphinx settings for `make html`: README.md as index.html, then the notebooks with their committed outputs.
 
 The source folder is the repository itself (this folder is given with -c), so nothing is copied, and links from
-README.md to the notebooks and back are found as they are. index.html only leads to README.html.
+README.md to the notebooks and back are found as they are.
 """
 
 import json
@@ -9,13 +9,15 @@ import operator
 import pathlib
 import sys
 
+from sphinx.project import Project
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from stamp_badges import unstamped  # noqa: E402
 
 project = "Cyclical learning rates"
 html_title = project
-root_doc = "README"
+root_doc = "index"
 include_patterns = ["README.md", "notebooks/*.ipynb"]
 exclude_patterns = [".*", "build", "tests", "tools", "**/.ipynb_checkpoints"]  # folders that need not be searched
 
@@ -28,14 +30,16 @@ myst_heading_anchors = 3
 myst_heading_slug_func = operator.methodcaller("replace", " ", "-")  # Jupyter's anchors; a function cannot be pickled
 
 html_theme = "furo"
-html_extra_path = ["index.html"]
-html_static_path = ["pages.css"]
+html_theme_options = {"dark_css_variables": {"figure-brightness": "0.85"}}  # by the system or by the toggle
+html_static_path = ["pages.css", "pages.js"]
 html_css_files = ["pages.css"]
-ENLARGE = "document.addEventListener('click', e => { if (e.target.matches('article img')) location = e.target.src })"
-html_js_files = [(None, {"body": ENLARGE})]  # a figure opens in its full size on a tap
+html_js_files = ["pages.js"]
 html_use_index = html_copy_source = False
 html_show_copyright = False
 html_show_search_summary = False  # fetches the pages found, which browsers forbid under file://
+
+path2doc = Project.path2doc
+Project.path2doc = lambda project, path: root_doc if (name := path2doc(project, path)) == "README" else name
 
 
 def prepare(app, docname, source):
