@@ -20,7 +20,7 @@ PAGES = ["index.html", *(f"notebooks/{path.stem}.html" for path in NOTEBOOKS)]
 
 # Boxes that scroll sideways, by what is at their head.
 SCROLLING = """selector => [...document.querySelectorAll(selector)].filter(e => e.scrollWidth > e.clientWidth)
-    .map(e => e.textContent.trim().slice(0, 200))"""
+    .map(e => e.innerText.slice(0, 200))"""
 
 # The lowest contrast of a text to its ground, as WCAG 2 defines it, with that text.
 CONTRAST = """() => {
