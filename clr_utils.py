@@ -200,8 +200,7 @@ def _share(xp, part, whole):
 
 
 def _rounded(xp, height):
-    half_wave = xp.sin(height * (math.pi / 2))
-    return half_wave * half_wave
+    return xp.sin(height * (math.pi / 2)) ** 2
 
 
 def _between(xp, bounds, height):
@@ -324,6 +323,8 @@ class CLR(keras.optimizers.Optimizer):
         return _between(ops if ops.is_tensor(height) else np, self.momentum_bounds, height)
 
     def build(self, variables):
+        if self.built:
+            return
         if self._loaded is not None:  # checked before anything is made, so that a second try is refused as well
             shapes = [tuple(v.shape) for v in variables if not self._overwrite_variable_with_gradient(v)]
             self._check_fits(self._loaded, [(), *shapes * self._slots])
@@ -417,9 +418,8 @@ def current_values(optimizer):
     Looks into a LossScaleOptimizer, which mixed_float16 wraps around yours and which hands on the learning rate only.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    momentum = getattr(optimizer, "momentum", None)
-    learning_rate = float(ops.convert_to_numpy(optimizer.learning_rate))
-    return learning_rate, None if momentum is None else float(ops.convert_to_numpy(momentum))
+    values = optimizer.learning_rate, getattr(optimizer, "momentum", None)
+    return tuple(None if value is None else float(ops.convert_to_numpy(value)) for value in values)
 
 
 def _not_settable(what):

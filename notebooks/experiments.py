@@ -515,7 +515,7 @@ def _code_and_model(run, train_size, test_size, part):
         _described(keras.saving.serialize_keras_object(optimizers[0]), {}),
         [run.epochs, run.batch_size, train_size, test_size, part],
     ]
-    hidden = [_set_weights(*models), _state_beside_config(optimizers[0]), _own_sources(models[0], optimizers[0])]
+    hidden = [_set_weights(*models), _state_beside_config(optimizers[0]), _own_sources(*models[0]._flatten_layers(), optimizers[0])]
     if any(hidden):
         what.append(hidden)
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12], models[0]
@@ -612,8 +612,11 @@ def _simple(value):
     return None
 
 
-def _own_sources(model, optimizer):
-    """The source of your own functions and classes among what the two are made of, and the values that it refers to."""
+def _own_sources(*things, owned=False):
+    """The source of your own functions and classes among what these are made of, and the values that it refers to.
+
+    owned: whether all things are your own, so that their values count too.
+    """
     found, seen = [], {}  # seen keeps what it has seen alive, or another object could have its id
     of_every_layer = vars(keras.layers.Layer(name="any")).keys()
 
@@ -649,8 +652,8 @@ def _own_sources(model, optimizer):
         for part in parts:
             look(part, owned)
 
-    for thing in (*model._flatten_layers(), optimizer):
-        look(thing, False)
+    for thing in things:
+        look(thing, owned)
     return found
 
 
@@ -775,6 +778,50 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
     return pd.DataFrame([done[run.name, seed] for seed in seeds for run in runs if (run.name, seed) in done])
 
 
+def record(experiment, ways, seeds, data, *, wait=True):
+    """What each of the ways finds with each seed, kept as `run_experiment` keeps a run: what is there is not repeated.
+
+    For what is no single run: several models of one seed, branches, measurements on the way.
+
+    Args:
+        experiment: name of the results file.
+        ways: {name: a function of seed and data that returns a list of dicts, each what JSON can hold}. It trains
+            nothing made outside of it, and its random numbers follow from the seed.
+        seeds, data, wait: as for `run_experiment`.
+
+    Returns:
+        A DataFrame with a row for each of the dicts, and of its line: way, seed, data, hardware, seconds, and code: a
+        hash of the source of the function and of all of yours that it calls, with the values they refer to.
+    """
+    data, seeds = _checked_data(data), _checked_seeds(seeds)
+    path, checksum, lines = _results_file(_output_folder(), experiment), data.checksum, []
+    for seed, (way, function) in itertools.product(seeds, ways.items()):
+        code = _code_of_way(function, *_sizes_of(data), data.part)
+        key = {"experiment": experiment, "way": way, "profile": profile(), "data": data.source}
+        key |= {"data_checksum": checksum, "code": code, "seed": seed}
+        lock = FileLock(f"{_checkpoint_file(key, [])}.lock", timeout=-1 if wait else 0)
+        with contextlib.suppress(Timeout), lock:
+            done = [line for line in _lines_of(path) if key.items() <= line.items()]
+            if not done:
+                start = time.monotonic()
+                found = [_plain(row) for row in function(seed, data)]
+                result = {"found": found, "seconds": round(time.monotonic() - start, 2)}
+                done = [{**key, **result, "hardware": describe_machine(), "backend": keras.backend.backend()}]
+                _append_line(path, done[0])
+            lines.append(done[-1])
+    return _rows_of(lines)
+
+
+def _code_of_way(function, *data):
+    text = json.dumps([PROCEDURE, _own_sources(function, owned=True), *data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _rows_of(lines):
+    """A DataFrame of what lines have `found`, each with the rest of its line."""
+    return pd.DataFrame([{k: v for k, v in line.items() if k != "found"} | row for line in lines for row in line["found"]])
+
+
 class _Record(keras.metrics.Metric):
     """The loss of each update, kept in the graph: callbacks see one update in many. Its result: (updates,)."""
 
@@ -872,6 +919,19 @@ def _recorded(model, optimizer, images, per_epoch):
     together = 1 if keras.backend.backend() == "torch" else max(1, min(100, per_epoch // 8))
     recorded.compile(optimizer, "sparse_categorical_crossentropy", steps_per_execution=together)
     return recorded, batches
+
+
+def batches(data, seed, batch_size, start, stop):
+    """The updates start to stop of a training as batches for `fit`, each pass in an order that follows from the seed.
+
+    So a training can be cut anywhere, and go on with the images that would have come next. Batches are whole.
+    """
+    (images, labels), per_pass = data.train, len(data.train[0]) // batch_size
+    orders = [np.random.default_rng([seed, n]).permutation(len(images)) for n in range(-(-stop // per_pass))]
+    order = np.concatenate([order[: per_pass * batch_size] for order in orders])[start * batch_size : stop * batch_size]
+    if keras.backend.backend() == "tensorflow":
+        return _batches_in_graph(images, labels, order, batch_size)
+    return ((images[chosen].astype("float32"), labels[chosen]) for chosen in np.split(order, stop - start))
 
 
 def _batches_in_graph(images, labels, order, batch_size):
@@ -1122,6 +1182,16 @@ def read_results(experiment, runs=None, train_size=None, test_size=10000, part="
     return pd.DataFrame(list(last.values()), columns=None if last else ["run", "seed", "data", "code", "test_accuracy"])
 
 
+def read_record(experiment, ways, seeds, train_size, test_size=10000, part="test"):
+    """What `record` has kept of these ways and seeds, on data of these sizes; empty where nothing is there."""
+    folders = {ROOT, _output_folder().resolve()}
+    lines = [line for folder in sorted(folders) for line in _lines_of(_results_file(folder, experiment))]
+    lines = {(line["way"], line["code"], line["seed"]): line for line in lines}
+    codes = {way: _code_of_way(function, train_size, test_size, part) for way, function in ways.items()}
+    wanted = [(way, code, seed) for seed in _checked_seeds(seeds) for way, code in codes.items()]
+    return _rows_of([lines[key] for key in wanted if key in lines])
+
+
 def _results_file(folder, experiment):
     return folder / "figures" / "results" / f"{experiment}.jsonl"
 
@@ -1283,6 +1353,10 @@ STYLES = {  # a way to train: its colour in seaborn's "colorblind", dashes and m
     "linear decay": (5, DASHES[5], "v"),
     "cosine decay": (9, DASHES[6], "X"),
     "step decay": (7, DASHES[7], "*"),
+    "cosine restarts": (9, "--", "h"),
+    "trapezoid": (2, "-", "p"),
+    "AdamW trapezoid": (1, "-", "<"),
+    "schedule-free AdamW": (4, "-", ">"),
 }
 STYLES |= dict.fromkeys(("SGD", "constant 0.35"), STYLES["constant"])
 STYLES |= dict.fromkeys(("CLR triangle", "CLR 0.1-3.5"), STYLES["triangle"])

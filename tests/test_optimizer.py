@@ -1032,3 +1032,15 @@ def test_keywords_of_sgd_that_clr_replaces_are_refused(keyword):
 def test_an_unknown_keyword_is_refused():
     with pytest.raises((ValueError, TypeError), match="warmup"):
         CLR(warmup=3)
+
+
+def test_building_it_again_changes_nothing():
+    weight = keras.Variable(np.ones(3, "float32"))
+    optimizer = CLR((0.1, 0.1), 5, 0.9)
+    optimizer.build([weight])
+    optimizer.apply([ops.ones(3)], [weight])
+    before = [ops.convert_to_numpy(v).tolist() for v in optimizer.variables]
+    optimizer.build([weight])
+    assert [ops.convert_to_numpy(v).tolist() for v in optimizer.variables] == before and len(before) == 2
+    optimizer.apply([ops.ones(3)], [weight])
+    assert np.allclose(ops.convert_to_numpy(weight), 1 - 0.1 - 0.19)

@@ -1,8 +1,9 @@
-"""Trains the recorded rows of notebook 04 that are missing, the most telling first, for a limited time.
+"""Trains the recorded rows of notebooks 04 and 06 that are missing, the most telling first, for a limited time.
 
     python tools/train_rows.py full --processes 2 --minutes 600       # the post's network: twenty hours on two cores
     KERAS_BACKEND=jax python tools/train_rows.py full --minutes 9     # the same without TensorFlow, on a GPU
     python tools/train_rows.py quick --processes 2                    # the small network
+    python tools/train_rows.py 06 --processes 2                       # all of notebook 06
 
 What is trained, and in which order, is defined in the notebook, in the cells tagged "rows" (`plan`). Each finished run
 is one line in figures/results, in CLR_OUTPUT_DIR if that is set; a later call goes on where this one stopped, in the
@@ -23,6 +24,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "04_cifar_super_convergence.ipynb"
+NOTEBOOK_6 = ROOT / "notebooks" / "06_beyond_one_cycle.ipynb"
 
 
 class OutOfTime(Exception):
@@ -31,19 +33,23 @@ class OutOfTime(Exception):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile", choices=("quick", "full"), help="quick: the small network; full: the post's")
+    texts = "of notebook 04 quick: the small network, full: the post's; 06: notebook 06"
+    parser.add_argument("rows", choices=("quick", "full", "06"), help=texts)
     parser.add_argument("--minutes", type=float, default=math.inf, help="default: until everything is there")
     parser.add_argument("--processes", type=int, default=1, help="that share the rows, each with its part of the cores")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="the chip's peak, to say which share is reached")
     options = parser.parse_args(arguments)
     if options.processes > 1:
         sys.exit(start_together(options.processes, arguments if arguments is not None else sys.argv[1:]))
-    os.environ["CLR_PROFILE"] = options.profile
+    os.environ["CLR_PROFILE"] = "full" if options.rows == "full" else "quick"
     os.environ.setdefault("CLR_SYNTHETIC", "never")
-    rows = definitions(NOTEBOOK)
+    rows = definitions(NOTEBOOK_6 if options.rows == "06" else NOTEBOOK)
     trainer = Trainer(rows["images"], time.monotonic() + 60 * options.minutes, options.peak)
     try:
-        rows["plan"](rows["SMALL"] if options.profile == "quick" else rows["POST"], trainer.train)
+        if options.rows == "06":
+            rows["plan"](trainer.record)
+        else:
+            rows["plan"](rows["SMALL"] if options.rows == "quick" else rows["POST"], trainer.train)
     except OutOfTime as stopped:
         print(f"{stopped}. Call it again to go on.")
     else:
@@ -113,6 +119,27 @@ class Trainer:
             self.speeds[run.batch_size] = work / seconds
             self.report(experiment, run, found.iloc[0])
         return found
+
+    def record(self, experiment, ways, seeds, task, part):
+        """The same for `experiments.record`, of ways that are no runs."""
+        import pandas as pd
+
+        import experiments
+
+        data, found, longest = self.images(task, part), {}, 0
+        for wait in (False, True):
+            for seed, way in itertools.product(seeds, ways):
+                if (way, seed) in found:
+                    continue
+                start = time.monotonic()
+                if start + longest > self.end:
+                    raise OutOfTime(f"No time for {experiment}: {way}, seed {seed}")
+                rows = experiments.record(experiment, {way: ways[way]}, [seed], data, wait=wait)
+                longest = max(longest, time.monotonic() - start)
+                if len(rows):
+                    found[way, seed] = rows
+                    print(f"{experiment}: {way}, seed {seed}", flush=True)
+        return pd.concat([found[way, seed] for seed, way in itertools.product(seeds, ways)], ignore_index=True)
 
     def report(self, experiment, run, line):
         speed = run.epochs * line["train_size"] / line["seconds"]
