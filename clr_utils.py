@@ -200,7 +200,8 @@ def _share(xp, part, whole):
 
 
 def _rounded(xp, height):
-    return xp.sin(height * (math.pi / 2)) ** 2
+    half_wave = xp.sin(height * (math.pi / 2))
+    return half_wave * half_wave
 
 
 def _between(xp, bounds, height):
@@ -657,8 +658,7 @@ def _sweep(model, batches, schedule, class_weight, validation, asked):
         stopped = short if len(loss) < schedule.steps else "It reached the end of the sweep."
     lr, loss, smoothed, accuracy = (np.array(values, float) for values in (lr, loss, smoothed, accuracy))
     checked = np.array(checks).reshape(-1, 2).T if validation[0] is not None else (None, None)
-    accuracy = None if np.isnan(accuracy).all() else accuracy
-    record = lr, loss, smoothed, accuracy, *checked, stopped, diverged_at
+    record = lr, loss, smoothed, None if np.isnan(accuracy).all() else accuracy, *checked, stopped, diverged_at
     return RangeTest(*record, lr_bounds=schedule.bounds, num_steps=schedule.steps, **asked)
 
 
