@@ -27,13 +27,15 @@ import clr_utils
 from clr_utils import CLR, FAINT, INK, label_ends, new_axes
 from experiments import save_figure
 
+sns.set_theme(**clr_utils.THEME)
+
 # %% SETUP
 ALT = {  # goes to figures/06_alt.json
     "06_sharpness": (
         "Sharpness over 1,500 updates, log axis. The border 2/rate falls from 100 to 10 at update "
         "750 and rises again. The triangle's sharpness falls along it and rises again up to the "
-        "last fifth; with a constant low rate it hardly moves; with a rate that stays high it stays "
-        "low. Below, the loss."
+        "last fifth; with a constant low rate it moves little; with a rate that stays high, it "
+        "stays low. Below, the loss."
     ),
     "06_border": (
         "Sharpness divided by the border over 1,500 updates of a triangle, eight panels. With all "
@@ -244,7 +246,7 @@ def sharpness_along(name, seed, data):
         rate = float(model.optimizer.learning_rate)
         now = start, sharpness(model, *fixed), rate, loss
         for key, value in zip(MEASURED, now):
-            line[key].append(float(f"{value:.4g}"))
+            line[key].append(value if key == "updates" else float(f"{value:.4g}"))
         for positions in batches[start:end]:
             update(model, tf.gather(x, positions), tf.gather(y, positions))
     return line
@@ -378,14 +380,33 @@ assert ratios.loc["peak: triangle / constant 0.02", "high"] < 1
 assert ratios.loc["end: triangle / up, then constant", "low"] > 1
 print(ratios.round(2).to_string())
 
+# %% [markdown]
+# At the peak the triangle has about half the sharpness of the low rate, and at the end twice that of
+# the rate that stayed high. So what would the peak rate have done at once, at the first update?
+
 # %%
-diverged = measured.groupby(["run", "seed"], sort=False).size().rename("measurements").reset_index()
-diverged["whole"] = diverged["run"].map(lambda name: len(WAYS[name].measured))
-diverged["diverged"] = diverged["measurements"] < diverged["whole"]
-print(diverged.groupby("run", sort=False)["diverged"].sum().to_string())
+whole = measured["run"].map(lambda name: len(WAYS[name].measured))
+counts = measured.groupby(["run", "seed"], sort=False)["update"].transform("size")
+measured["diverged"] = counts < whole
+of_seeds = measured[measured["run"] == "constant 0.2"].groupby("seed")
+at_once = of_seeds[["ratio"]].first().assign(diverged=of_seeds["diverged"].max())
+triangles = measured[measured["run"].str.startswith("triangle")]
+assert not triangles["diverged"].any() and at_once["diverged"].sum() >= 2
+print(f"{at_once['diverged'].sum()} of 5 diverge; of the triangles none. Sharpness / border at first:")
+print(at_once.round(2).to_string())
+
+# %% [markdown]
+# It begins at three to five times the border, and three of five seeds are lost within 25 updates. In the two others
+# the loss jumps and the sharpness falls to below the border in 50 updates: the *catapult* of
+# [Lewkowycz and others (2020)](https://arxiv.org/abs/2003.02218), a matter of luck here. The rising half of a
+# triangle does the same without the jump, and every time. That is what a warm-up is for
+# ([Gilmer and others 2022](https://arxiv.org/abs/2110.04369)).
 
 # %% [markdown]
 # ### Where theory is not exact
+#
+# Now one change at a time, all with the same triangle. The border counts the momentum; the sharpness
+# is that of all 1,000 images, also where an update sees only some of them.
 
 # %%
 PANELS = {
@@ -420,51 +441,71 @@ shares = shares_of(measured, list(PANELS.values()))
 print(table_of(shares).to_string())
 
 # %% [markdown]
+# What goes with theory: MNIST, and momentum without batches, whose border is 1.9 times as high and is met all the same.
+# What does not:
+# - **Batches** keep the sharpness below the border, the smaller the lower, and with momentum by far.
+#   With batches of 20 it is never at the border, but half of it through the whole
+#   rising half: the rate still decides, with another factor. What stands at `2 / rate` there is, according to
+#   [Andreyev and Beneventano (2024)](https://arxiv.org/abs/2412.20553), the curvature of each batch along its own gradient.
+# - **Cross-entropy** shoots past the border and then falls far below it, rate or no rate, since the curvature of this
+#   loss vanishes as the network becomes sure of its answers (Cohen and others see it too). On MNIST that comes so soon that the border is never met:
+#   nothing here says that the trainings of notebooks 1 to 3 are limited by it.
+
+# %% [markdown]
 # ### Why the range test breaks where it does
+#
+# [Notebook 2](02_lr_range_test.ipynb) finds the break and leaves open what it is. Its tanh network (MNIST, cross-entropy) goes
+# through the sweep of the range test again, once with 1,000 images in each update and no momentum, once as there, with
+# batches of 32 and momentum 0.85, while the sharpness is measured. The loss is that of 1,000 images, without
+# smoothing. It *breaks* at the last rate before it loses a quarter of its descent.
 
 # %%
 SWEEPS = ["range test", "range test, batches of 32, momentum 0.85"]
 
 
 def break_of(rows):
-    """Of a sweep: the rate at which the loss breaks, and the borders before and on the way."""
+    """Of a sweep: the rate at which the loss breaks, and how that compares with the borders."""
     loss, rate, ratio = (rows[name].to_numpy() for name in ("loss", "learning_rate", "ratio"))
-    low = loss <= loss.min() + (loss[0] - loss.min()) / 4  # keeps three quarters of its descent
-    broken = np.flatnonzero(low)[-1]
-    limit = rows["border"].to_numpy() * rate  # 2 (1 + momentum)
-    crossed = np.flatnonzero(ratio > 1)
-    return pd.Series(
-        {
-            "break": rate[broken],
-            "break / first border": rate[broken] * rows["sharpness"].iloc[0] / limit[0],
-            "break / border there": ratio[broken],
-            "break / crossing": rate[broken] / rate[crossed[0]] if len(crossed) else np.nan,
-        }
-    )
+    low = loss <= loss.min() + (loss[0] - loss.min()) / 4
+    fell = np.argmax(low)
+    broken = fell + np.argmin(low[fell:]) - 1
+    first_border = rows["border"].iloc[0] * rate[0] / rows["sharpness"].iloc[0]
+    found = {"break": rate[broken], "break / first border": rate[broken] / first_border}
+    found["break / border there"] = ratio[broken]
+    return pd.Series(found)
 
 
 sweeps = measured[measured["run"].isin(SWEEPS)]
-breaks = sweeps.groupby(["run", "seed"], sort=False).apply(break_of, include_groups=False)
-print(breaks.round(3).to_string())
-print(breaks.groupby("run", sort=False).agg(text_of).to_string())
+breaks = sweeps.groupby(["run", "seed"], sort=False)[sweeps.columns]
+breaks = breaks.apply(break_of)
+table = breaks.groupby("run", sort=False).agg(text_of).assign(n=5).loc[SWEEPS]
+there = {run: mean_and_interval(breaks.loc[run, "break / border there"]) for run in SWEEPS}
+assert there[SWEEPS[0]][1] > 1 and there[SWEEPS[1]][2] < 1
+print(table.to_string())
 
 # %%
-title = "With all images the range test breaks at the border, with small batches far below it"
-axes = new_axes(2, 2, height=4.8, title=title)
-for (top, bottom), run in zip(axes.reshape(2, 2).T, SWEEPS):
-    rows = sweeps[(sweeps["run"] == run) & (sweeps["learning_rate"] > 1e-3)]
-    ends = breaks.loc[run, "break"]
-    for ax in (top, bottom):
-        ax.axvspan(ends.min(), ends.max(), color=INK, alpha=0.25, linewidth=0)
-        ax.set(xscale="log")
-    for _, of_seed in rows.groupby("seed"):
-        top.plot(of_seed["learning_rate"], of_seed["ratio"], color=INK, linewidth=0.8)
-        bottom.plot(of_seed["learning_rate"], of_seed["loss"], color=INK, linewidth=0.8)
-    top.axhline(1, color="black", linewidth=1, linestyle=":")
-    top.set(yscale="log", ylim=(0.01, 10))
-    bottom.set(ylim=(0, 3), xlim=(1e-3, 3))
-    top.set_title(run.removeprefix("range test, ").replace("range test", "all images"), fontsize=11)
-axes[0].set_ylabel("sharpness / border")
-axes[2].set_ylabel("loss")
-axes[0].figure.supxlabel("learning rate", fontsize="medium")
-save_figure(axes[0], "06_range_test", "mnist", ALT["06_range_test"])
+title = "With all images the loss breaks past the border,\n"
+title += "with batches of 32 and momentum far below it"
+options = {"figsize": (6.4, 4.6), "layout": "constrained", "sharex": True, "sharey": "row"}
+figure, axes = plt.subplots(2, 2, **options)
+figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+for (top, bottom), run in zip(axes.T, SWEEPS):
+    rows, ends = sweeps[sweeps["run"] == run], breaks.loc[run, "break"]
+    for ax, y in ((top, "ratio"), (bottom, "loss")):
+        ax.axvspan(0.97 * ends.min(), 1.03 * ends.max(), color=INK, alpha=0.3, linewidth=0)
+        for _, of_seed in rows.groupby("seed"):
+            ax.plot("learning_rate", y, color=INK, linewidth=0.9, data=of_seed)
+    top.axhline(1, color="black", linestyle=":", linewidth=1.5)
+    top.set_title(run.removeprefix("range test, ").replace("range test", "all images"))
+axes[0, 0].set(xscale="log", xlim=(0.005, 2), ylabel="sharpness / border", ylim=(0, 2))
+axes[0, 0].set(xticks=(0.01, 0.1, 1), xticklabels=(0.01, 0.1, 1))
+axes[0, 0].minorticks_off()
+axes[1, 0].set(ylim=(0, 2.5), ylabel="loss")
+figure.supxlabel("learning rate (bar: where the loss breaks)", fontsize="medium")
+save_figure(figure, "06_range_test", "mnist", ALT["06_range_test"])
+
+# %% [markdown]
+# Without noise the break is the border, but not that of the initial weights: the sharpness falls by a third during the sweep,
+# and after the border is crossed it takes ten or twenty updates until the loss shows it, in which the rate grows on. With the noise of small batches the loss breaks
+# at a fraction of the border. So the bowl of notebook 2 is right about a noiseless training, and what
+# breaks *its* range tests comes earlier: the noise.
