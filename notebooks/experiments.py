@@ -441,7 +441,7 @@ def _code_and_model(run, train_size, test_size, part):
         )
     what = [
         PROCEDURE,
-        _but_for_seeds(*(_config(json.loads(model.to_json()), _names(model)) for model in models)),
+        _but_for_seeds(*map(_model_config, models)),
         _config(keras.saving.serialize_keras_object(optimizers[0]), {}),
         [run.epochs, run.batch_size, train_size, test_size, part],
     ]
@@ -463,9 +463,9 @@ def _built(run, train_size, seed):
         keras.config.set_dtype_policy(before)
 
 
-def _names(model):
-    """What layers are called in a description, by their names."""
-    return {layer.name: f"layer {n}" for n, layer in enumerate(model._flatten_layers())}
+def _model_config(model):
+    names = {layer.name: f"layer {n}" for n, layer in enumerate(model._flatten_layers())}
+    return _config(json.loads(model.to_json()), names)
 
 
 def _config(config, names):
@@ -509,7 +509,7 @@ def _state_beside_config(optimizer):
 
 
 def _json(value):
-    return json.dumps(value, sort_keys=True, skipkeys=True, default=_described)
+    return json.dumps(value, sort_keys=True, default=_described)
 
 
 def _described(thing):
@@ -558,11 +558,10 @@ def _own_code(things, seen):
             yield _source(thing)
             yield from filter(None, parts)
         elif library(type(thing)) not in LIBRARIES - {"clr_utils", "experiments", "keras"}:
-            of_every_layer = vars(keras.layers.Layer(name="any"))
-            own = {name: v for name, v in vars(thing).items() if name[0] != "_" and name not in of_every_layer}
-            parts = type(thing), getattr(thing, "_learning_rate", None), own
+            held = {name: value for name, value in getattr(thing, "__dict__", {}).items() if name[0] != "_"}
+            parts = type(thing), getattr(thing, "_learning_rate", None), held
             if library(type(thing)) not in LIBRARIES:
-                yield own
+                yield {name: held[name] for name in held.keys() - vars(keras.layers.Layer(name="any")).keys()}
         yield from _own_code(parts, seen)
 
 
@@ -587,11 +586,11 @@ class Run(NamedTuple):
     """What is trained: one row of a table, the same for all its seeds."""
 
     name: str
-    make_model: Callable  # () -> a new softmax classifier for raw images; what prepares them is part of it, and of `code`
+    make_model: Callable  # () -> a new softmax classifier for raw images; their preparation is a part, so in `code` too
     make_optimizer: Callable  # (number of updates of the run) -> a new optimizer
     epochs: int = 1  # passes over the training images
     batch_size: int = 32  # images of an update; the last batch of an epoch may be smaller
-    notes: Mapping = MappingProxyType({})  # more for the line, as {"peak": 0.1}: JSON, and numbers and arrays of numpy
+    notes: Mapping = MappingProxyType({})  # more for the line, as {"peak": 0.1}: JSON, and numpy's numbers
     precision: str = "float32"  # or "bfloat16": all but weights, statistics and loss (Keras's policy "mixed_bfloat16")
 
 
@@ -777,11 +776,9 @@ def _loss_and_accuracy(model, images, labels, block=100):
 
 
 def _diverged_at(loss, guessing):
-    """The update at which a training diverged, or None: the first loss that is not finite, or the last that was good.
-
-    No better than guessing: the mean of the last twentieth of the losses is above 95% of log(classes). The last good
-    one is read off the smoothed losses, so it may be a dozen updates late.
-    """
+    """The update at which a training diverged, or None: the first loss that is not finite, or the one after the last
+    good one, where the last twentieth is no better than guessing: its mean is above 95% of log(classes). The last good
+    one is read off the smoothed losses, so it may be a dozen updates late."""
     broken = np.flatnonzero(~np.isfinite(loss))
     if len(broken):
         return int(broken[0])
@@ -1029,8 +1026,8 @@ def _by_run(results):
     _require(len(sources) == 1, f"The lines are of {' and '.join(sources)} data: summarise each on its own.")
     by_run = dict(list(results.groupby("run", sort=False)))
     for run, lines in by_run.items():
-        hint = "choose with `read_results(..., runs=...)`."
-        _require(lines["code"].nunique() == 1, f"{run!r} has lines of different code: {hint}")
+        different = lines["code"].nunique() > 1
+        _require(not different, f"{run!r} has lines of different code: choose with `read_results(..., runs=...)`.")
         for seed in lines["seed"][lines["seed"].duplicated()]:
             raise ValueError(f"{run!r} has two lines with seed {seed}: choose a profile or code first.")
     return by_run
