@@ -278,7 +278,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         outputs, mean, variance = fused(inputs, gamma, beta, self.epsilon, statistics)
         if statistics is None:
             values = ops.cast(ops.size(inputs) // inputs.shape[-1], "float32")
-            variance *= (values - 1) / values  # the kernels' variance is over n - 1, Keras's over n
+            variance = variance * (values - 1) / values  # the kernels' variance is over n - 1, Keras's over n
             for moving, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
                 moving.assign(moving * self.momentum + ops.stop_gradient(new) * (1.0 - self.momentum))
         return ops.cast(outputs, self.compute_dtype)
