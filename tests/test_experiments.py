@@ -689,8 +689,8 @@ def test_results_table_prints_what_summarise_has():
 def test_a_model_is_trained_on_the_images_in_the_order_given_to_the_last_one():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 255), keras.layers.Dense(2, "softmax")])
     recorded = experiments._Recorded(model, sgd(3, 0.0), X, 3)  # at learning rate 0 the weights stay
-    order = np.random.default_rng(0).permutation(len(X))
-    for order in (order, order[::-1]):
+    mixed = np.random.default_rng(0).permutation(len(X))
+    for order in (mixed, mixed[::-1]):
         found = recorded.train_epoch(order, Y, 40)
         p = keras.ops.convert_to_numpy(model(X[order].astype("float32")))[np.arange(len(X)), Y[order]]
         expected = [-np.log(p[start : start + 40]).mean() for start in (0, 40, 80)]
