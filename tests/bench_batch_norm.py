@@ -27,8 +27,8 @@ def training(layer, precision, batch_size):
     """A function that trains for BATCHES updates."""
     ours, experiments.BatchNormalization = experiments.BatchNormalization, layer
     try:
-        with experiments._built_in(precision):
-            model = experiments.residual_network()
+        run = experiments.Run("", experiments.residual_network, keras.optimizers.SGD, precision=precision)
+        model, _ = experiments._built(run, batch_size, seed=0)
     finally:
         experiments.BatchNormalization = ours
     model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")

@@ -3,7 +3,7 @@
     python tests/bench_runner.py [ROUNDS]
 
 One epoch of 800 updates of the MNIST network at batch 32, measured as timing.py does it. "fit" is Keras's own training
-on the same pipeline without recording. Each ratio is the median over the rounds of the ratio in the same round. PyTorch
+on shuffled batches without recording. Each ratio is the median over the rounds of the ratio in the same round. PyTorch
 is timed where it is installed, on batches cut from shuffled tensors in memory (without a DataLoader, which is slower).
 Nothing else should run on the machine.
 """
@@ -32,16 +32,16 @@ labels = rng.integers(0, 10, len(images)).astype("uint8")
 
 def epoch_in_keras(recorded):
     model = experiments.rescaled(experiments.mnist_network())
-    if recorded:
-        model = experiments._Recorded(model.inputs[0], model.outputs[0], UPDATES)
     optimizer = CLR((PEAK / 10, PEAK), UPDATES // 2, (0.95, 0.85), "one_cycle")
+    if recorded:
+        model = experiments._Recorded(model, optimizer, images, UPDATES)
+        return lambda: model.train_epoch(rng.permutation(len(images)), labels, BATCH_SIZE)
     model.compile(optimizer, "sparse_categorical_crossentropy", steps_per_execution=100)
 
     def epoch():
-        if recorded:
-            model.record.reset_state()
-        shuffled = experiments._batches_in_graph(images, labels, rng.permutation(len(images)), BATCH_SIZE)
-        model.fit(shuffled, steps_per_epoch=UPDATES, shuffle=False, verbose=0)
+        order = rng.permutation(len(images))
+        batches = experiments._in_batches(images[order], labels[order], BATCH_SIZE)
+        model.fit(**batches, shuffle=False, verbose=0)
 
     return epoch
 

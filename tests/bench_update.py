@@ -58,11 +58,9 @@ def contestants(network, images, labels, batch_size, in_one_call):
         model = network()
         model.compile(optimizer, "sparse_categorical_crossentropy", steps_per_execution=steps_per_execution)
         options = {"shuffle": False, "verbose": 0, "callbacks": list(callbacks)}
-        if keras.backend.backend() != "tensorflow":
-            return lambda: model.fit(images, labels, batch_size=batch_size, **options)
-        # On arrays, the end of a fit is held up by a thread of tf.data (see _batches_in_graph), at times by seconds.
-        batches = experiments._batches_in_graph(images, labels, np.arange(len(images)), batch_size)
-        return lambda: model.fit(batches, steps_per_epoch=len(images) // batch_size, **options)
+        # On arrays, the end of a fit is held up by a thread of tf.data (see _in_batches), at times by seconds.
+        batches = experiments._in_batches(images, labels, batch_size)
+        return lambda: model.fit(**batches, **options)
 
     found = {"SGD": keras_fit(sgd()), "CLR": keras_fit(clr()), "callback": keras_fit(sgd(), [AssignLearningRate()])}
     if keras.backend.backend() != "torch":  # Keras refuses steps_per_execution there

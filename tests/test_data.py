@@ -3,15 +3,12 @@
 Nothing here needs the network: the "mirrors" are a server on this machine that misbehaves on demand.
 """
 
-import concurrent.futures
 import functools
 import hashlib
 import http.server
 import io
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 import threading
 import warnings
@@ -26,7 +23,7 @@ from experiments import Dataset, hold_out, load_cifar10, load_mnist, subset
 
 SHAPES = {"x_train": (12, 28, 28), "y_train": (12,), "x_test": (5, 28, 28), "y_test": (5,)}
 CIFAR_SHAPES = {"x_train": (10, 32, 32, 3), "y_train": (10, 1), "x_test": (3, 32, 32, 3), "y_test": (3, 1)}
-CIFAR_ARCHIVES = experiments._CIFAR10.archives
+CIFAR_ARCHIVE = experiments._CIFAR10.archive
 
 
 def make_arrays(shapes, seed=0):
@@ -89,8 +86,8 @@ def server():
                 content = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
             self.wfile.write(content[:half])
             self.wfile.flush()
-            if manner in ("stall", "slow"):
-                closing.wait(10 if manner == "stall" else 0.2)
+            if manner == "stall":
+                closing.wait(10)
             if manner != "truncated":
                 self.wfile.write(content[half:])
 
@@ -124,7 +121,7 @@ def own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("CLR_SYNTHETIC", "auto")
     monkeypatch.delenv("CLR_DATA_DIR", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(experiments, "_download", functools.partial(experiments._download, timeout=0.5))
+    monkeypatch.setattr(experiments, "PATIENCE", 0.5)
     set_all(monkeypatch, experiments._MNIST, mirrors=())
     set_all(monkeypatch, experiments._CIFAR10, mirrors=())
 
@@ -186,25 +183,6 @@ def test_a_download_is_kept_and_the_next_time_nothing_is_said(server, mirrors, c
     assert_is_kept(cache)
 
 
-IN_A_NOTEBOOK = """
-import sys
-import ipykernel.zmqshell  # by this tqdm knows
-import experiments
-
-sys.modules["ipywidgets"] = None  # not installed
-assert "pooch" not in sys.modules
-experiments._MNIST.mirrors = ()
-experiments._download(experiments._MNIST, experiments.pathlib.Path("/dev/null/cache"), [])
-assert "pooch" in sys.modules
-"""
-
-
-def test_pooch_is_imported_only_for_downloads_and_says_nothing_about_widgets():
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "KERAS_BACKEND": "numpy"}  # for speed
-    done = subprocess.run([sys.executable, "-c", IN_A_NOTEBOOK], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 FAULTS = {
     "truncated": "IncompleteRead",
     "other": "does not match the known hash",
@@ -241,15 +219,6 @@ def test_an_interrupted_download_leaves_nothing_behind(mirrors, cache, monkeypat
     with pytest.raises(KeyboardInterrupt):
         load()
     assert files_below(cache) == []
-
-
-def test_two_downloads_at_once_do_not_disturb_each_other(server, mirrors, cache):
-    mirrors("slow")
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for data in pool.map(load, (12, 12)):
-            assert_is_the_real_thing(data)
-    assert len(server.requests) == 2
-    assert_is_kept(cache)
 
 
 def test_all_mirrors_down_gives_the_stand_in_with_a_warning_that_tells_why(mirrors, cache):
@@ -293,16 +262,25 @@ def test_data_are_delivered_where_the_cache_cannot_be_written(mirrors, tmp_path,
 
 
 @pytest.mark.parametrize("content", [GOOD[:-100], npz(make_arrays(SHAPES, seed=1))], ids=["truncated", "other data"])
-def test_a_corrupt_file_in_the_cache_is_reported_and_never_used_but_replaced(mirrors, cache, monkeypatch, content):
+def test_a_corrupt_file_in_the_cache_is_never_used_but_replaced(mirrors, cache, monkeypatch, content):
     monkeypatch.setenv("CLR_SYNTHETIC", "never")
     cache.mkdir(parents=True)
     (cache / "mnist.npz").write_bytes(content)
     mirrors("503")
-    with pytest.raises(RuntimeError, match=r"mnist\.npz in the Keras cache is truncated or corrupt"):
+    with pytest.raises(RuntimeError, match="503 Server Error"):
         load()
     mirrors("ok")
     assert_is_the_real_thing(load())
     assert_is_kept(cache)
+
+
+def test_a_good_file_is_read_from_a_cache_that_cannot_be_written(server, mirrors, cache, monkeypatch):
+    cache.mkdir(parents=True)
+    (cache / "mnist.npz").write_bytes(GOOD)
+    mirrors("ok")
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **options: 1 / 0)
+    assert_is_the_real_thing(load())
+    assert server.requests == []
 
 
 # -------------------------------------------------------------------------------------------------- CIFAR-10
@@ -317,13 +295,12 @@ def small_cifar(server, mirrors, monkeypatch):
 
 def test_cifar10_images_come_upright_and_in_order(small_cifar, cache):
     assert_is_the_real_thing(load_cifar10(10, 3), CIFAR_ARRAYS, "cifar10")
-    assert files_below(cache) == [CIFAR_ARCHIVES[0]]
+    assert files_below(cache) == [CIFAR_ARCHIVE]
 
 
-@pytest.mark.parametrize("name", CIFAR_ARCHIVES)
-def test_cifar10_is_found_under_every_name_that_keras_used(small_cifar, server, cache, name):
+def test_cifar10_is_found_in_the_cache(small_cifar, server, cache):
     cache.mkdir(parents=True)
-    (cache / name).write_bytes(CIFAR_GOOD)
+    (cache / CIFAR_ARCHIVE).write_bytes(CIFAR_GOOD)
     assert_is_the_real_thing(load_cifar10(10, 3), CIFAR_ARRAYS, "cifar10")
     assert server.requests == []
 
@@ -345,7 +322,7 @@ class Evil:
 def test_only_files_of_the_right_checksum_are_unpickled(small_cifar, cache, tmp_path, monkeypatch):
     evil = Evil(tmp_path / "pwned")
     cache.mkdir(parents=True)
-    (cache / CIFAR_ARCHIVES[0]).write_bytes(archive({"test_batch": evil}))
+    (cache / CIFAR_ARCHIVE).write_bytes(archive({"test_batch": evil}))
     assert_is_the_real_thing(load_cifar10(10, 3), CIFAR_ARRAYS, "cifar10")  # downloaded anew
 
     monkeypatch.setenv("CLR_DATA_DIR", str(tmp_path))
@@ -357,8 +334,8 @@ def test_only_files_of_the_right_checksum_are_unpickled(small_cifar, cache, tmp_
 
 
 def test_keras_keeps_its_archives_under_the_names_looked_for():
-    assert experiments._MNIST.archives[0] == "mnist.npz"
-    assert CIFAR_ARCHIVES[0] == "cifar-10-batches-py-target_archive"  # Keras 3.8 and later; older ones have .tar.gz
+    assert experiments._MNIST.archive == "mnist.npz"
+    assert CIFAR_ARCHIVE == "cifar-10-batches-py-target_archive"  # since Keras 3.8
 
 
 # ---------------------------------------------------------------------------------------------- CLR_DATA_DIR
@@ -530,17 +507,8 @@ def test_synthetic_data_have_the_form_of_the_real_ones(drawn, name):
         assert labels.shape == (len(images), *files.shapes["y_" + part][1:])
         counts = np.bincount(labels.ravel(), minlength=10)
         assert len(counts) == 10 and counts.min() > 0.07 * len(labels)
-        assert images.max() > 200 and images.min() == 0
+        assert images.max() > 200 and images.min() < 20
         assert len(np.unique(images.reshape(len(images), -1)[:200], axis=0)) == 200
-
-
-@pytest.mark.parametrize(
-    "name, pixels",
-    [("mnist", [0, 0, 12, 0, 34, 148, 88, 119, 9, 35]), ("cifar10", [16, 77, 169, 16, 78, 169, 15, 81, 170, 16])],
-)
-def test_synthetic_data_are_those_of_the_results(drawn, name, pixels):
-    some = drawn[name].train[0][999, 14, 4:24:2].ravel()[:10]
-    np.testing.assert_allclose(some, pixels, atol=1)  # processors may round differently
 
 
 @stand_ins
@@ -558,25 +526,7 @@ def test_no_test_image_is_a_training_image(drawn, name):
     assert not any(image.tobytes() in seen for image in drawn[name].test[0])
 
 
-def best_linear_accuracy(train, test):
-    """The test accuracy of the best of several ridge regressions on one-hot labels, each in closed form."""
-    x, x_test = (np.float32(images.reshape(len(images), -1)) / 255 for images, _ in (train, test))
-    x, x_test = x - x.mean(axis=0), x_test - x.mean(axis=0)
-    products, one, target = x @ x.T, np.eye(len(x), dtype="float32"), np.eye(10, dtype="float32")[train[1].ravel()]
-    scores = []
-    for strength in (3e-3, 3e-2):
-        weights = x.T @ np.linalg.solve(products + strength * len(x) * one, target)
-        scores.append(np.mean((x_test @ weights).argmax(axis=1) == test[1].ravel()))
-    return max(scores)
-
-
-@pytest.mark.parametrize("name, lowest, highest", [("mnist", 0.3, 0.6), ("cifar10", 0.0, 0.3)])
-def test_a_linear_model_does_not_solve_it(drawn, name, lowest, highest):
-    score = best_linear_accuracy(subset(drawn[name], 3000).train, drawn[name].test)
-    assert lowest < score < highest  # there is something to learn, and the labels belong to the images
-
-
-def test_the_network_of_the_series_learns_what_a_linear_model_cannot(drawn):
+def test_the_network_of_the_series_learns_it(drawn):
     (x, y), (x_test, y_test) = drawn["mnist"][:2]
     keras.utils.set_random_seed(0)
     model = experiments.mnist_network()

@@ -427,16 +427,16 @@ t.experiments._write_checkpoint = write
 t.train(t.LONG, every_epoch=True, settled=True)
 """
     assert other_process(code, tmp_path).wait(timeout=120) == -signal.SIGKILL
-    (checkpoint,) = (tmp_path / "checkpoints").glob("*.npz")
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.pickle")
     assert not results_file.exists()
-    epochs, fit = [], experiments._Recorded.fit
+    epochs, train_epoch = [], experiments._Recorded.train_epoch
 
-    def counted(self, *arguments, **options):
+    def counted(self, *arguments):
         epochs.append(1)
-        return fit(self, *arguments, **options)
+        return train_epoch(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments._Recorded, "fit", counted)
+        patch.setattr(experiments._Recorded, "train_epoch", counted)
         (resumed,) = train(LONG, every_epoch=True, settled=True)
     assert len(epochs) == 2 and not checkpoint.exists()
     results_file.unlink()
@@ -686,24 +686,21 @@ def test_results_table_prints_what_summarise_has():
 # ---- what feeds the training, and the networks
 
 
+def test_a_model_is_trained_on_the_images_in_the_order_given_to_the_last_one():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 255), keras.layers.Dense(2, "softmax")])
+    recorded = experiments._Recorded(model, sgd(3, 0.0), X, 3)  # at learning rate 0 the weights stay
+    mixed = np.random.default_rng(0).permutation(len(X))
+    for order in (mixed, mixed[::-1]):
+        found = recorded.train_epoch(order, Y, 40)
+        p = keras.ops.convert_to_numpy(model(X[order].astype("float32")))[np.arange(len(X)), Y[order]]
+        expected = [-np.log(p[start : start + 40]).mean() for start in (0, 40, 80)]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert len(recorded.trainable_variables) == 2
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.data")
 def test_no_thread_of_tf_data_holds_up_the_end_of_a_fit():
-    order = np.random.default_rng(0).permutation(len(X))
-    batches = experiments._batches_in_graph(X, Y, order, 10)
-    assert batches.options().autotune.enabled is False
-    got = [(x.numpy(), y.numpy()) for x, y in batches]
-    np.testing.assert_array_equal(np.concatenate([x for x, _ in got]), X[order])
-    np.testing.assert_array_equal(np.concatenate([y for _, y in got]), Y[order])
-
-
-def test_the_images_that_stay_on_the_device_are_those_of_the_batches():
-    layer = experiments._Images(X)
-    for positions, labels in experiments._batches_of_positions(X, Y, np.arange(len(X))[::-1], 40):
-        images = keras.ops.convert_to_numpy(layer(positions))
-        np.testing.assert_array_equal(images, X[positions])
-        np.testing.assert_array_equal(labels, Y[positions])
-        assert images.dtype == "float32"
-    assert not layer.trainable_variables
+    assert experiments._in_batches(X, Y, 10)["x"].options().autotune.enabled is False
 
 
 # ---- the recorded results

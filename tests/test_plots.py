@@ -277,7 +277,7 @@ def test_a_mean_ends_where_one_of_its_losses_is_not_finite():
 
 def test_comparison_draws_every_seed_the_mean_and_its_interval():
     live = results_of(row_of("1cycle", 7, 0.95), row_of("not there", 0, 0.5))
-    ax = plot_comparison(RESULTS, live, xlim=(90, 100), title="Two ways")
+    ax = plot_comparison(RESULTS, live, title="Two ways")
     points = [row.get_offsets() for row in ax.collections]
     assert sorted(x for row in points for x in row[:, 0]) == pytest.approx([10, 97, 99])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["1cycle", "a"]  # sorted by their means
@@ -287,10 +287,6 @@ def test_comparison_draws_every_seed_the_mean_and_its_interval():
     (interval,) = [xy[~np.isnan(xy[:, 0]), 0] for xy in lines if np.nanmax(xy[:, 0], initial=0) > 105]
     np.testing.assert_allclose([interval.min(), interval.max()], [98 - half, 98 + half])
     assert any(np.allclose(xy[:, 0], 95) for xy in lines) and not any(np.allclose(xy[:, 0], 50) for xy in lines)
-    assert [text.get_text() for text in ax.texts] == ["1 of 1 outside"]
-    assert ax.texts[0].get_position()[1] == pytest.approx(1.38)
-    given = plot_comparison(RESULTS, order="given")
-    assert [label.get_text() for label in given.get_yticklabels()] == ["a", "1cycle"]
 
 
 def legend_of(ax):
@@ -327,15 +323,13 @@ def test_no_two_ways_look_the_same():
 
 @pytest.mark.parametrize("plot", [plot_runs, plot_comparison])
 def test_results_that_do_not_belong_together_are_refused(plot):
-    with pytest.raises(ValueError, match="hold no line|0 rows"):
+    with pytest.raises(ValueError, match="hold no line"):
         plot(RESULTS[:0])
     for mixed in ([*ROWS, ROWS[0]], [*ROWS, row_of("b", 0, 0.1, data="synthetic")]):
         with pytest.raises(ValueError, match="two lines with seed|mnist and synthetic"):
             plot(results_of(*mixed))
     with pytest.raises(ValueError, match="9 ways to train: 1 to 8"):
         plot_runs(results_of(*(row_of(str(n), 0, 0.9) for n in range(9))))
-    with pytest.raises(ValueError, match="order='best'.*'given'"):
-        plot_comparison(RESULTS, order="best")
 
 
 DIFFERENCES = pd.DataFrame(
@@ -361,11 +355,6 @@ def test_differences_are_drawn_in_order_with_intervals_and_verdicts():
     assert colour(points["told apart"]) == colour(points["not told apart"]) != colour(points["not judged"])
     assert ax.lines[0].get_xdata() == [0, 0]
     assert legend_of(ax) == ["told apart", "not told apart", "not judged"]
-    given = plot_differences(DIFFERENCES[:2], order="given")
-    assert [text.get_text() for text in given.texts] == ["n = 5", "n = 10"] and "not judged" not in legend_of(given)
-    for wrong in ({"order": "p"}, {"comparisons": DIFFERENCES[:0]}):
-        with pytest.raises(ValueError, match="order="):
-            plot_differences(**{"comparisons": DIFFERENCES} | wrong)
 
 
 def marks(ax):
