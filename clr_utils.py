@@ -540,18 +540,38 @@ def settle_batch_norm(model, x, batch_size=128):
         raise ValueError(f"model {model.name!r} has no trainable BatchNormalization layer: there is nothing to settle.")
     if len(x) < batch_size:
         raise ValueError(f"x holds {len(x)} samples, less than one batch of {batch_size}: give more of them.")
-    settled = {id(v) for layer in layers for v in layer.non_trainable_variables}
-    others = [(v, _value_of(v)) for v in model.non_trainable_variables if id(v) not in settled]
+    statistics = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
+    means, kept = [0.0] * len(statistics), [(v, _value_of(v)) for v in model.non_trainable_variables]
     try:
+        for layer in layers:
+            layer.momentum = 0.0  # the running statistics are now those of the last batch
+        forward = _forward_in_training(model, tuple(layers))
         for k in range(len(x) // batch_size):
-            for layer in layers:
-                layer.momentum = k / (k + 1)  # makes the running mean the plain mean of k + 1 batches
-            model(x[k * batch_size : (k + 1) * batch_size].astype(keras.config.floatx()), training=True)
+            forward(x[k * batch_size : (k + 1) * batch_size].astype(keras.config.floatx()))
+            means = [mean + (_value_of(v) - mean) / (k + 1) for mean, v in zip(means, statistics)]
+        kept += zip(statistics, means)  # assigned last
     finally:
         for layer, momentum in layers.items():
             layer.momentum = momentum
-        for variable, value in others:
+        for variable, value in kept:
             variable.assign(value)
+
+
+@functools.lru_cache(maxsize=1)  # the next call is likely to be for the same model
+def _forward_in_training(model, layers):
+    """A function that runs a model in training mode on a batch. JAX is slow without compilation."""
+    if keras.backend.backend() != "jax":
+        return functools.partial(model, training=True)
+    import jax
+
+    compiled, variables = jax.jit(functools.partial(model.stateless_call, training=True)), model.non_trainable_variables
+
+    def forward(x):
+        _, new = compiled([v.value for v in model.trainable_variables], [v.value for v in variables], x)
+        for variable, value in zip(variables, new):
+            variable.assign(value)
+
+    return forward
 
 
 def _value_of(variable):

@@ -3,6 +3,7 @@
 import ast
 import builtins
 import contextlib
+import dis
 import functools
 import hashlib
 import inspect
@@ -409,8 +410,8 @@ def _gpu_names(backend):
 # ---------------------------------------------------------------------------------------------------------
 
 PROCEDURE = 1  # part of every run's code: raise it with a change to `_train` that changes what it gives
-LIBRARIES = {"builtins", "clr_utils", "experiments", "jax", "keras", "numpy", "tensorflow", "torch"}
-LIBRARIES |= sys.stdlib_module_names
+LIBRARIES = {"builtins", "clr_utils", "experiments", "IPython", "jax", "jaxlib", "keras", "matplotlib", "numpy", "pandas"}
+LIBRARIES |= {"scipy", "seaborn", "statsmodels", "tensorflow", "torch", "tqdm", *sys.stdlib_module_names}
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # and their dtype policy in Keras
 
 
@@ -552,10 +553,14 @@ def _own_code(things, seen):
         elif isinstance(thing, types.MethodType):
             parts = thing.__func__, thing.__self__
         elif isinstance(thing, type):
-            yield from (_source(base) for base in thing.__mro__ if library(base) not in LIBRARIES)
+            for own in (base for base in thing.__mro__ if library(base) not in LIBRARIES):
+                held = {k: getattr(v, "fget", v) for k, v in vars(own).items() if k[:2] != "__" or callable(v)}
+                parts = *parts, *held.values()
+                yield {name: value for name, value in held.items() if not callable(value)}
         elif isinstance(thing, types.FunctionType) and library(thing) not in LIBRARIES:
-            names = inspect.getclosurevars(thing)
-            parts = thing.__defaults__, thing.__kwdefaults__, names.nonlocals, names.globals
+            held = thing.__globals__.keys() & set(_global_names(thing.__code__))
+            parts = thing.__defaults__, thing.__kwdefaults__, inspect.getclosurevars(thing).nonlocals
+            parts = *parts, {name: thing.__globals__[name] for name in sorted(held)}
             yield _source(thing)
             yield from filter(None, parts)
         elif library(type(thing)) not in LIBRARIES - {"clr_utils", "experiments", "keras"}:
@@ -564,6 +569,16 @@ def _own_code(things, seen):
             if library(type(thing)) not in LIBRARIES:
                 yield {name: held[name] for name in held.keys() - vars(keras.layers.Layer(name="any")).keys()}
         yield from _own_code(parts, seen)
+
+
+def _global_names(code):
+    """The globals that a function uses, the functions in it too. (`inspect.getclosurevars` takes the names of attributes
+    for globals, and leaves out what only an inner function uses.)"""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield instruction.argval
+        elif isinstance(instruction.argval, types.CodeType):
+            yield from _global_names(instruction.argval)
 
 
 def _source(thing):
@@ -828,10 +843,11 @@ def _evaluated(model, data, batch_size, settled):
 
 
 def _loss_and_accuracy(model, images, labels, block=100):
-    """Mean cross-entropy and accuracy. Not by `evaluate`, whose function would have to be traced for each run; in small
-    blocks, because a model called eagerly keeps all its activations until it is done."""
+    """Mean cross-entropy and accuracy. In small blocks, because a model called eagerly keeps all its activations until
+    it is done. Not by `evaluate`, whose function would have to be traced for each run: JAX alone is worse without."""
     labels, starts = labels.reshape(-1), range(0, len(labels), block)
-    outputs = [ops.convert_to_numpy(model(images[i : i + block].astype("float32"), training=False)) for i in starts]
+    call = model.predict_on_batch if keras.backend.backend() == "jax" else functools.partial(model, training=False)
+    outputs = [ops.convert_to_numpy(call(images[i : i + block].astype("float32"))) for i in starts]
     probabilities = np.concatenate(outputs).astype(float)
     chosen = probabilities[np.arange(len(labels)), labels]
     return -np.log(np.clip(chosen, 1e-7, None)).mean(), (probabilities.argmax(axis=1) == labels).mean()
@@ -1140,20 +1156,20 @@ def styles_of(names):
 
 
 @theme()
-def plot_runs(results, *, smoothing=0.0, title=None):
+def plot_runs(results, *, smoothing=0.0, title=None, axes=None):
     """Draws learning rate, momentum and loss of ways to train on one shared x axis and returns the axes, the loss last.
 
     Args:
         results: one row a training, as from `read_results`; at most 8 ways. Of the losses the line is the mean over
             seeds, the band goes from the lowest to the highest; they end where one is not finite.
         smoothing: as in `smooth`, over the points of the recorded curves.
-        title: of the figure. Without momenta it has no panel for them.
+        title, axes: of the figure; one for each panel, in place of a new figure. Without momenta no panel for them.
     """
     ways = {name: list(rows["curve"]) for name, rows in _by_run(results).items()}
     _require(len(ways) <= 8, f"results hold {len(ways)} ways to train: 1 to 8 can be drawn in one picture.")
     above = [key for key in ("learning_rate", "momentum") if any(any(c[0][key] or ()) for c in ways.values())]
     heights = [1] * len(above) + [2.4]
-    axes = new_axes(len(heights), height=3.2 + 1.3 * len(above), heights=heights, title=title)
+    axes = new_axes(len(heights), height=3.2 + 1.3 * len(above), heights=heights, title=title, axes=axes)
     for name, style in styles_of(ways).items():
         style["marker"] = ""
         longest = max(ways[name], key=lambda curve: len(curve["update"]))
@@ -1207,14 +1223,16 @@ def plot_comparison(results, live=None, *, title=None):
 
 
 @theme()
-def plot_differences(comparisons, *, title=None):
-    """Draws paired differences in test accuracy with their 95% intervals, the highest on top, and returns the axes.
+def plot_differences(comparisons, *, order="difference", title=None):
+    """Draws paired differences in test accuracy with their 95% intervals, one below the other, and returns the axes.
 
     Args:
         comparisons: a DataFrame as from `compare`, with differences and intervals in percentage points.
+        order: of the rows, "difference" (the highest on top) or "given".
         title: of the figure.
     """
-    rows = comparisons.sort_values("difference", ascending=False, kind="stable")
+    _require(order in ("difference", "given"), f"order={order!r}: it can be 'difference' or 'given'.")
+    rows = comparisons if order == "given" else comparisons.sort_values(order, ascending=False, kind="stable")
     rows = rows.assign(y=range(len(rows)), verdict=rows["verdict"].replace(["ahead", "behind"], "told apart"))
     (ax,) = new_axes(height=1.6 + 0.55 * len(rows), title=title)
     ax.axvline(0, color="0.2", linewidth=1.5)

@@ -1,6 +1,7 @@
 """run_experiment and its results file, and what is made of the lines: summaries, comparisons, tables."""
 
 import json
+import linecache
 import math
 import os
 import pathlib
@@ -701,6 +702,43 @@ def test_a_model_is_trained_on_the_images_in_the_order_given_to_the_last_one():
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.data")
 def test_no_thread_of_tf_data_holds_up_the_end_of_a_fit():
     assert experiments._in_batches(X, Y, 10)["x"].options().autotune.enabled is False
+
+
+def written_in(namespace, text):
+    """The function `way` of a text, as a cell of a notebook defines it, with what else the namespace holds."""
+    name = f"<cell {namespace.get('__name__')}>"
+    linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
+    exec(compile(text, name, "exec"), namespace)
+    return namespace["way"]
+
+
+WAY = """
+class Own:
+    factor = 2
+
+    def step(self, x):
+        return x * SCALE
+
+def helper(x):
+    return x + 1
+
+def way(seed, data):
+    def inner(x):
+        return helper(x)
+
+    return [{"found": inner(Own().step(seed)), "size": data.train}]
+"""
+
+
+def test_code_of_a_way_follows_all_that_it_calls_and_nothing_else():
+    def code(text=WAY, **more):
+        return experiments._code_of_way(written_in({"SCALE": 3, "__name__": "cell", **more}, text), 200, 40, "test")
+
+    assert code() == code(__name__="another")  # the same class in another module
+    assert code() == code(train=5, step=np.ones(3), found=[1])  # globals with the names of attributes and keys
+    changes = {"x + 1": "x + 2", "x * SCALE": "SCALE * x", "factor = 2": "factor = 4", "seed))": "seed + 1))"}
+    codes = {code(), code(SCALE=4), *(code(WAY.replace(*change)) for change in changes.items())}
+    assert len(codes) == 2 + len(changes)
 
 
 # ---- the recorded results
