@@ -30,6 +30,12 @@ import keras
 import numpy as np
 from keras import ops
 
+
+def _require(condition, complaint):
+    if not condition:
+        raise ValueError(complaint)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Schedules: f(iteration, bounds, steps) -> value
 #
@@ -63,8 +69,7 @@ def exp_range(iteration, bounds, steps, gamma=0.99994):
     Args:
         gamma: factor per update, in (0, 1].
     """
-    if not 0 < gamma <= 1:
-        raise ValueError(f"gamma={gamma!r}: exp_range needs a factor per update in (0, 1], for example 0.9999.")
+    _require(0 < gamma <= 1, f"{gamma=}: exp_range needs a factor per update in (0, 1], for example 0.9999.")
     xp, iteration = _numbers_of(iteration)
     shrink = xp.exp(_to_float(xp, iteration) * math.log(gamma))
     return _between(xp, bounds, _triangle(xp, iteration, steps) * shrink)
@@ -85,8 +90,7 @@ def cosine_restarts(iteration, bounds, steps, factor=1):
     Args:
         factor: each fall is this many times as long as the one before; an int of at least 1.
     """
-    if not isinstance(factor, int) or factor < 1:
-        raise ValueError(f"factor={factor!r}: give the growth of the falls as an int of at least 1.")
+    _require(isinstance(factor, int) and factor >= 1, f"{factor=}: give the growth of the falls as an int from 1.")
     xp, iteration = _numbers_of(iteration)
     first = 2 * steps
     if factor == 1:
@@ -229,9 +233,6 @@ class CyclicalLR(keras.optimizers.schedules.LearningRateSchedule):
         step_function: a name from STEP_FUNCTIONS, or a callable f(iteration, bounds, steps) -> value in keras.ops, or a
             functools.partial of one with keywords. To save a model with your own, decorate it with
             @keras.saving.register_keras_serializable().
-
-    Raises:
-        ValueError, TypeError: for other arguments.
     """
 
     def __init__(self, bounds=(0.01, 3.0), steps=15, step_function="triangular"):
@@ -407,9 +408,8 @@ class CLR(keras.optimizers.Optimizer):
             variable.assign(value)
 
     def get_config(self):
-        config = super().get_config()
+        config = {**super().get_config(), **self._learning_rate.get_config()}
         del config["learning_rate"]  # made from the three keys of the schedule
-        config.update(self._learning_rate.get_config())
         return {**config, "momentum_bounds": list(self.momentum_bounds), "nesterov": self.nesterov}
 
 
@@ -487,30 +487,23 @@ def _pair(values):
 
 def _checked_bounds(bounds):
     low, high = _pair(bounds)
-    if not 0 <= low <= high < math.inf:
-        raise ValueError(
-            f"bounds={bounds!r}: give the lowest and the highest learning rate, finite and 0 <= low <= high."
-        )
+    hint = "give the lowest and the highest learning rate, finite and 0 <= low <= high."
+    _require(0 <= low <= high < math.inf, f"{bounds=}: {hint}")
     return low, high
 
 
 def _checked_momentum_bounds(momentum_bounds):
     constant = isinstance(momentum_bounds, numbers.Real)
     at_low, at_high = _pair([momentum_bounds] * 2 if constant else momentum_bounds)
-    if not (0 <= at_low < 1 and 0 <= at_high < 1):
-        raise ValueError(
-            f"momentum_bounds={momentum_bounds!r}: give the momentum at the lowest and at the highest learning rate, "
-            "each in [0, 1), for example momentum_bounds=(0.95, 0.85), or one number for a constant momentum."
-        )
+    hint = "give the momentum at the lowest and at the highest learning rate, each in [0, 1), for example (0.95, 0.85)"
+    _require(0 <= at_low < 1 and 0 <= at_high < 1, f"{momentum_bounds=}: {hint}, or one number for a constant one.")
     return at_low, at_high
 
 
 def _checked_steps(steps):
     whole = isinstance(steps, numbers.Real) and not isinstance(steps, bool) and steps == steps // 1
     if not whole or not 1 <= steps < 2**30:  # two of them must fit the int32 counter of JAX and torch
-        raise ValueError(
-            f"steps={steps!r}: give the updates in half a cycle, a whole number of at least 1 (and below 2**30)."
-        )
+        raise ValueError(f"{steps=}: give the updates in half a cycle, a whole number of at least 1 (and below 2**30).")
     return int(steps)
 
 
@@ -536,10 +529,8 @@ def settle_batch_norm(model, x, batch_size=128):
     """
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     layers = {layer: layer.momentum for layer in layers if layer.trainable}
-    if not layers:
-        raise ValueError(f"model {model.name!r} has no trainable BatchNormalization layer: there is nothing to settle.")
-    if len(x) < batch_size:
-        raise ValueError(f"x holds {len(x)} samples, less than one batch of {batch_size}: give more of them.")
+    _require(layers, f"model {model.name!r} has no trainable BatchNormalization layer: there is nothing to settle.")
+    _require(len(x) >= batch_size, f"x holds {len(x)} samples, less than one batch of {batch_size}: give more of them.")
     statistics = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
     means, kept = [0.0] * len(statistics), [(v, _value_of(v)) for v in model.non_trainable_variables]
     try:
@@ -668,7 +659,7 @@ def _sweep(model, batches, schedule, class_weight, validation, asked):
         accuracy.append(next((v for k, v in logs.items() if k == "acc" or k.endswith("accuracy")), math.nan))
         mean = smoothing * mean + (1 - smoothing) * loss[-1]  # as `smooth` does
         smoothed.append(mean / (1 - smoothing ** (step + 1)))
-        if smoothed[-1] > _limit(loss, smoothed, schedule.steps, **asked):
+        if smoothed[-1] > _stop_above(loss, smoothed, schedule.steps, **asked):
             stopped, diverged_at = f"The smoothed loss rose to {smoothed[-1]:.3g} at update {step}.", rate
             break
         if validation[0] is not None and (step + 1) % -(-schedule.steps // 20) == 0:
@@ -690,7 +681,7 @@ def _validation_loss(model, data, batch_size):
         return model.evaluate(**given, verbose=0, return_dict=True)["loss"]
 
 
-def _limit(loss, smoothed, num_steps, stop_factor, smoothing, **_):
+def _stop_above(loss, smoothed, num_steps, stop_factor, smoothing, **_):
     """The smoothed loss beyond which a sweep counts as diverged. A constant added to the loss moves it along."""
     first = max(num_steps // 10, 10)
     if len(loss) <= first:
@@ -737,8 +728,7 @@ class RangeTest:
                 tenth, by four times the noise that points have after smoothing).
         """
         kept, _, reason = self._read()
-        if kept is None:
-            raise ValueError(f"The range test suggests nothing. {reason}")
+        _require(kept is not None, f"The range test suggests nothing. {reason}")
         lr, loss = self.lr[kept], self.smoothed[kept]
         end, length = _longest_descent(loss)
         valley = max(0, end - length) + int(length / 3) + int(length / 6)
@@ -761,8 +751,7 @@ class RangeTest:
             ValueError: with the reason, where `suggest` has no suggestion, or where the loss did not break.
         """
         _, break_lr, reason = self._read()
-        if break_lr is None:
-            raise ValueError(f"The range test gives no bounds. {reason}")
+        _require(break_lr is not None, f"The range test gives no bounds. {reason}")
         return low_of_high * high_of_break * break_lr, high_of_break * break_lr
 
     @property
@@ -807,8 +796,7 @@ class RangeTest:
         # The lowest point itself would be no guide: it lies anywhere in the flat part before the break.
         still_low = np.flatnonzero(self.smoothed <= lowest + (start - lowest) / 4)[-1]
         if still_low == len(self.smoothed) - 1 and self.diverged_at is None:
-            still = f"The loss was still low at the end, {self.lr[-1]:.3g}: raise lr_bounds[1] until it breaks."
-            return kept, None, still
+            return kept, None, f"The loss was still low at the end, {self.lr[-1]:.3g}: raise lr_bounds[1]."
         return kept, float(self.lr[still_low]), ""
 
 
@@ -852,8 +840,7 @@ def _sweep_optimizer(optimizer, schedule, momentum):
     else:
         base.__init__(twin, schedule, **settings)
         if momentum is not None:
-            if not hasattr(optimizer, "momentum"):
-                raise ValueError(f"momentum={momentum!r}: {kind.__name__} has none; leave it out.")
+            _require(hasattr(optimizer, "momentum"), f"{momentum=}: {kind.__name__} has none; leave it out.")
             twin.momentum = float(momentum)
     for name, value in vars(optimizer).items():
         if not any(isinstance(v, keras.Variable) for v in keras.tree.flatten(value)):
@@ -975,38 +962,32 @@ def _as_batch(batch):
 
 def _build(model, batch):
     """Builds what is not built, as `fit` does, from a batch of symbols: no state is moved. Checks that it can train."""
-    if batch is None:
-        raise ValueError("The data has not a single batch: there is nothing to train on.")
+    _require(batch is not None, "The data has not a single batch: there is nothing to train on.")
     if batch[1] is None and model.loss is not None and type(model).compute_loss is keras.Model.compute_loss:
         raise ValueError("The loss of the model needs labels: give x and y (and sample_weight=), or batches (x, y).")
     if not (model.built and all(layer.built for layer in model.layers)):
         dtype_of = keras.backend.standardize_dtype
         model(keras.tree.map_structure(lambda a: keras.KerasTensor(tuple(a.shape), dtype_of(a.dtype)), batch[0]))
-    if not model.trainable_variables:
-        raise ValueError(f"model {model.name!r} has no trainable variables: nothing would change in a range test.")
+    _require(model.trainable_variables, f"model {model.name!r} has no trainable variables: nothing would change.")
 
 
 def _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing, momentum, validation_data):
-    def require(right, complaint):
-        if not right:
-            raise ValueError(complaint)
-
     def within(value, kind, low, high):
         return isinstance(value, kind) and low <= value < high
 
     if not isinstance(model, keras.Model):
         raise TypeError(f"model={model!r}: give a compiled keras.Model.")
-    require(model.compiled and model.optimizer, "The model is not compiled: call model.compile(optimizer, loss) first.")
+    _require(model.compiled and model.optimizer, "The model is not compiled: call model.compile(optimizer, loss).")
     common = type(model).train_step is keras.Model.train_step
-    require(common, "The model has its own train_step, which may use other optimizers: put its loss into compute_loss.")
+    _require(common, "The model has its own train_step, and maybe other optimizers: put its loss into compute_loss.")
     replicas = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
-    require(replicas == 1, "The model is under a tf.distribute strategy: test a copy built outside of its scope.")
-    require(sweep in ("exponential", "linear"), f"{sweep=}: it can be 'exponential' or 'linear'.")
-    require(within(num_steps, numbers.Integral, 10, 2**24), f"{num_steps=}: give a whole number of at least 10.")
-    require(within(batch_size, numbers.Integral, 1, math.inf), f"{batch_size=}: give a whole number of at least 1.")
-    require(isinstance(stop_factor, numbers.Real) and stop_factor > 1, f"{stop_factor=}: give a number above 1.")
-    require(momentum is None or within(momentum, numbers.Real, 0, 1), f"{momentum=}: give a number in [0, 1).")
-    require(not hasattr(validation_data, "__next__"), "validation_data can be read once only: give (x, y), a data set.")
+    _require(replicas == 1, "The model is under a tf.distribute strategy: test a copy built outside of its scope.")
+    _require(sweep in ("exponential", "linear"), f"{sweep=}: it can be 'exponential' or 'linear'.")
+    _require(within(num_steps, numbers.Integral, 10, 2**24), f"{num_steps=}: give a whole number of at least 10.")
+    _require(within(batch_size, numbers.Integral, 1, math.inf), f"{batch_size=}: give a whole number of at least 1.")
+    _require(isinstance(stop_factor, numbers.Real) and stop_factor > 1, f"{stop_factor=}: give a number above 1.")
+    _require(momentum is None or within(momentum, numbers.Real, 0, 1), f"{momentum=}: give a number in [0, 1).")
+    _require(not hasattr(validation_data, "__next__"), "validation_data can be read only once: give (x, y), a dataset.")
     smooth([], smoothing)  # its check
 
 
@@ -1039,8 +1020,7 @@ class LossPerUpdate(keras.callbacks.Callback):
 
 def smooth(values, smoothing):
     """Exponential mean of an array, bias-corrected; smoothing is the share of the past in it. Shape as given."""
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing={smoothing!r}: it is the share of the past in the mean, in [0, 1).")
+    _require(0 <= smoothing < 1, f"{smoothing=}: it is the share of the past in the mean, in [0, 1).")
     mean, smoothed = 0.0, []
     for n, value in enumerate(values, start=1):
         mean = smoothing * mean + (1 - smoothing) * value
@@ -1139,8 +1119,7 @@ def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ti
     elif isinstance(schedule, CyclicalLR):
         schedule = schedule.at
     values = np.asarray(schedule(np.arange(updates)) if callable(schedule) else schedule, float)
-    if values.shape != (updates,):
-        raise ValueError(f"A schedule for {updates} updates has a value for each, not the shape {values.shape}.")
+    _require(values.shape == (updates,), f"A schedule for {updates} updates has a value for each, not {values.shape}.")
     (ax,) = new_axes(title=title, axes=ax)
     n = len(ax.lines)
     ax.plot(values, label=label, **line_styles(max(4, n + 1))[n] | style)

@@ -39,6 +39,7 @@ from statsmodels.stats.multitest import multipletests
 def _quiet_native_stderr():
     """TensorFlow greets on file descriptor 2 while it is imported, whatever its log level. Errors still raise."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default where AVX-512 is missing: half the speed there
     stderr = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
@@ -59,14 +60,9 @@ with _quiet_native_stderr(), warnings.catch_warnings():
     from tqdm.auto import tqdm
 
 import clr_utils
-from clr_utils import CLR, DASHES, INK, CyclicalLR, label_ends, new_axes, smooth, theme
+from clr_utils import CLR, DASHES, INK, CyclicalLR, _require, label_ends, new_axes, smooth, theme
 
 ROOT = pathlib.Path(clr_utils.__file__).resolve().parent  # figures/ and recorded results are beside clr_utils.py
-
-
-def _require(condition, message):
-    if not condition:
-        raise ValueError(message)
 
 
 def _require_whole(name, value, most=None):
@@ -292,10 +288,8 @@ def _fused_on_tensorflow(x, gamma, beta, epsilon, statistics=None):
 
     mean, variance = statistics or ([], [])
     arguments = {"scale": gamma, "offset": beta, "mean": mean, "variance": variance, "epsilon": epsilon}
-    outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=tf.convert_to_tensor(x), is_training=statistics is None, **arguments
-    )
-    return outputs, mean, variance
+    x, training = tf.convert_to_tensor(x), statistics is None
+    return tf.raw_ops.FusedBatchNormV3(x=x, is_training=training, **arguments)[:3]
 
 
 def _fused_on_torch(x, gamma, beta, epsilon, statistics=None):
@@ -337,11 +331,9 @@ def residual_network(width=128, blocks=8, batch_norm_momentum=0.95):
             has a quarter of them. blocks: how many. By default the post's 1,016,970 parameters.
         batch_norm_momentum: share of the past in BatchNorm's running mean and variance.
     """
-    if width < 4 or width % 4:
-        raise ValueError(f"width={width!r}: give a multiple of 4, a block narrows to a quarter of it.")
-    if blocks < 0 or not 0 <= batch_norm_momentum < 1:
-        given = f"blocks={blocks!r}, batch_norm_momentum={batch_norm_momentum!r}"
-        raise ValueError(f"{given}: give a number of blocks from 0, and a share of the past in [0, 1).")
+    _require(width >= 4 and width % 4 == 0, f"{width=}: give a multiple of 4, a block narrows to a quarter of it.")
+    hint = "give a number of blocks from 0, and a share of the past in [0, 1)."
+    _require(blocks >= 0 and 0 <= batch_norm_momentum < 1, f"{blocks=}, {batch_norm_momentum=}: {hint}")
     layers = keras.layers
 
     def convolution(x, filters, size, **options):
@@ -409,9 +401,9 @@ def _gpu_names(backend):
 # What decides the result of a run, in twelve digits
 # ---------------------------------------------------------------------------------------------------------
 
-PROCEDURE = 1  # part of every run's code: raise it with a change to `_train` that changes what it gives
-LIBRARIES = {"builtins", "clr_utils", "experiments", "IPython", "jax", "jaxlib", "keras", "matplotlib", "numpy", "pandas"}
-LIBRARIES |= {"scipy", "seaborn", "statsmodels", "tensorflow", "torch", "tqdm", *sys.stdlib_module_names}
+PROCEDURE = 1  # part of every run's code: raise it with a change to `_train` that changes a result (not for a new key)
+LIBRARIES = {"builtins", "clr_utils", "experiments", "IPython", "jax", "jaxlib", "keras", "matplotlib", "numpy"}
+LIBRARIES |= {"pandas", "scipy", "seaborn", "statsmodels", "tensorflow", "torch", "tqdm", *sys.stdlib_module_names}
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # and their dtype policy in Keras
 
 
@@ -572,8 +564,8 @@ def _own_code(things, seen):
 
 
 def _global_names(code):
-    """The globals that a function uses, the functions in it too. (`inspect.getclosurevars` takes the names of attributes
-    for globals, and leaves out what only an inner function uses.)"""
+    """The globals that a function uses, the functions in it too. (`inspect.getclosurevars` takes attributes' names for
+    globals, and leaves out what only an inner function uses.)"""
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             yield instruction.argval
@@ -722,7 +714,8 @@ def _code_of_way(function, *data):
 
 def _rows_of(lines):
     """A DataFrame of what lines have `found`, each with the rest of its line."""
-    return pd.DataFrame([{k: v for k, v in line.items() if k != "found"} | row for line in lines for row in line["found"]])
+    shared = [{key: value for key, value in line.items() if key != "found"} for line in lines]
+    return pd.DataFrame([line | row for line, all_of in zip(shared, lines) for row in all_of["found"]])
 
 
 def batches(data, seed, batch_size, start, stop):
@@ -1093,9 +1086,8 @@ def compare(results, pairs):
         row = {"first": pair[0], "second": pair[1], "n": len(apart), "difference": apart.mean()}
         row |= {"low": math.nan, "high": math.nan, "p_holm": math.nan, "verdict": "not judged"}
         if apart.std() > 1e-9:
-            test = stats.ttest_1samp(apart, 0)
-            row["low"], row["high"] = test.confidence_interval(0.95)
-            row["p_holm"] = test.pvalue if len(apart) > 2 else math.nan
+            row["low"], row["high"] = _t_interval(apart)
+            row["p_holm"] = stats.ttest_1samp(apart, 0).pvalue if len(apart) > 2 else math.nan
         rows.append(row)
     table = pd.DataFrame(rows)
     judged = table.index[table["p_holm"].notna()]

@@ -39,7 +39,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def task(names):
-    return names["Task"]("drawn", small, 10, (1, 2, 3), 0.1)  # 20 updates an epoch
+    return names["Task"]("drawn", small, 10, (1, 2, 3))  # 20 updates an epoch
 
 
 @pytest.mark.parametrize("make", ["sgd_trapezoid", "adamw_trapezoid"])
@@ -95,8 +95,19 @@ def test_averages(names, task, data):
     assert np.array_equal(names["average_weights"]([[np.zeros(2), np.ones(1)], [np.ones(2), np.ones(1)]])[0], [0.5] * 2)
     rows = {row["row"]: row for row in names["high_and_averaged"](task, 0.1, 0, data)}
     assert len({row["test_loss"] for row in rows.values()}) == 3  # three models
-    rows = names["restarts"](task, 0.1, 0, data)
+    rows = names["restarts"](task, 0.1, 0, 0, data)
     assert [row["epochs"] for row in rows[:3]] == [1, 2, 3] and len(rows) == 5
+
+
+def test_restarts_rise_over_the_first_updates_only(names):
+    bounds, updates = (0.0, 1.0), np.arange(1, 60)
+    plain, risen = (np.array(f(updates, bounds, 10)) for f in (names["cosine_restarts"], of_rise(names, 4)))
+    np.testing.assert_allclose(risen[3:], plain[3:], atol=1e-6)
+    np.testing.assert_allclose(risen[:3] / plain[:3], [0.5, 0.75, 1], atol=1e-6)  # updates 1 to 3
+
+
+def of_rise(names, rise):
+    return functools.partial(names["risen_restarts"], rise=rise)
 
 
 def test_an_order_of_images_can_be_cut_anywhere(data):

@@ -148,7 +148,7 @@ def endings(monkeypatch):
             return math.inf
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(clr_utils, "_limit", interrupted)
+            patch.setattr(clr_utils, "_stop_above", interrupted)
             lr_range_test(model, X, Y, **QUICK)
 
     return [plain, divergence, nan, exception, interrupt_in_data, interrupt_in_training]
@@ -687,7 +687,9 @@ def test_the_stop_depends_neither_on_the_origin_nor_on_the_unit_of_the_loss(seed
     def end(loss):
         smoothed = clr_utils.smooth(loss, 0.8)
         return next(
-            n for n in range(150) if smoothed[n] > clr_utils._limit(loss[: n + 1], smoothed[: n + 1], 150, 4.0, 0.8)
+            n
+            for n in range(150)
+            if smoothed[n] > clr_utils._stop_above(loss[: n + 1], smoothed[: n + 1], 150, 4.0, 0.8)
         )
 
     assert end(loss) == end(scale * loss + constant) > 90

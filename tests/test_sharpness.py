@@ -1,9 +1,8 @@
 """The sharpness of notebook 06: the largest eigenvalue of the Hessian, against one that is written out."""
 
-import linecache
 import pathlib
+import sys
 
-import experiments  # isort: skip  # imports Keras without TensorFlow's greeting, so it comes first
 import keras
 import numpy as np
 import pytest
@@ -12,7 +11,10 @@ tf = pytest.importorskip("tensorflow")
 if keras.backend.backend() != "tensorflow":
     pytest.skip("the cells are TensorFlow's", allow_module_level=True)
 
-SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "build_06_sharpness.py"  # until the notebook has its cells
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tools"))
+
+import train_rows  # noqa: E402
+
 rng = np.random.default_rng(0)
 X = rng.normal(size=(40, 6)).astype("float32")
 Y = np.eye(3, dtype="float32")[rng.integers(0, 3, 40)]
@@ -20,16 +22,7 @@ Y = np.eye(3, dtype="float32")[rng.integers(0, 3, 40)]
 
 @pytest.fixture(scope="module")
 def cells():
-    """What the cells up to the one with `sharpness` define."""
-    names = {"__name__": "cells", "__file__": str(SCRIPT)}
-    for number, cell in enumerate(SCRIPT.read_text(encoding="utf-8").split("# %%")):
-        if number and not cell.startswith(" [markdown]"):
-            cell = cell.split("\n", 1)[1]
-            name = f"<cell {number}>"
-            linecache.cache[name] = len(cell), None, cell.splitlines(keepends=True), name  # for tf.function
-            exec(compile(cell, name, "exec"), names)
-        if "sharpness" in names:
-            return names
+    return train_rows.definitions(train_rows.NOTEBOOK_6)
 
 
 def network(loss, seed=0, activation="tanh"):

@@ -135,10 +135,12 @@ class Trainer:
                 if start + longest > self.end:
                     raise OutOfTime(f"No time for {experiment}: {way}, seed {seed}")
                 rows = experiments.record(experiment, {way: ways[way]}, [seed], data, wait=wait)
-                longest = max(longest, time.monotonic() - start)
+                seconds = time.monotonic() - start
+                longest = max(longest, seconds)
                 if len(rows):
                     found[way, seed] = rows
-                    print(f"{experiment}: {way}, seed {seed}", flush=True)
+                    if rows["seconds"].iloc[0] <= seconds:  # trained here
+                        print(f"{experiment}: {way}, seed {seed}, {seconds:.0f} s", flush=True)
         return pd.concat([found[way, seed] for seed, way in itertools.product(seeds, ways)], ignore_index=True)
 
     def report(self, experiment, run, line):
