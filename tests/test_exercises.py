@@ -49,6 +49,12 @@ WRONG_ANSWERS = {
         "answer = 2**20",
         "rule = RULES['linear']",
     ],
+    "06_beyond_one_cycle": [
+        "share = 1.0  # as if a branch began anew",
+        "errors = [0.2, 0.07]  # the bin of 0.5 left out",
+        "rate = 2 / 50",
+        "branch = CLR((0.03, 0.3), 250, 0.9, functools.partial(trapezoid, warmup=0, decay=0.2, final=0))",
+    ],
 }
 
 # Between exercises: the names are as the notebook left them. What a solution changes inside an object stays changed.

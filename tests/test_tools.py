@@ -166,20 +166,38 @@ def test_no_run_is_started_that_would_not_end_in_time(rows, trained, monkeypatch
     assert len(trained) == 2 and now[0] == 80
 
 
-def test_what_another_process_is_training_is_waited_for_at_the_end(rows, trained, monkeypatch):
-    run_experiment, waited = experiments.run_experiment, []
+def test_what_another_process_is_training_is_looked_for_again(rows, trained, monkeypatch):
+    run_experiment, asked = experiments.run_experiment, []
 
     def busy(experiment, runs, seeds, data, wait=True, **options):
-        if runs[0].name == "constant 3.5" and not wait:
+        assert not wait
+        asked.append(runs[0].name)
+        if runs[0].name == "constant 3.5" and len(asked) < 6:
             return pd.DataFrame()
-        waited.append((runs[0].name, wait))
         return run_experiment(experiment, runs, seeds, data, **options)
 
     monkeypatch.setattr(experiments, "run_experiment", busy)
-    train = train_rows.Trainer(rows["images"], math.inf).train
-    found = train("04_post_network", rows["post_rows"](tiny(rows["POST"]))[:3], (0,), 600)
-    assert waited == [("CLR 0.1-3.5", False), ("constant 0.35", False), ("constant 3.5", True)]
-    assert found["run"].tolist() == ["CLR 0.1-3.5", "constant 3.5", "constant 0.35"]
+    trainer, found = train_rows.Trainer(rows["images"], math.inf), []
+    first = rows["post_rows"](tiny(rows["POST"]))[:3]
+    trainer.complete(lambda: found.append(trainer.train("04_post_network", first, (0,), 600)), pause=0)
+    assert asked == ["CLR 0.1-3.5", "constant 3.5", "constant 0.35", *["constant 3.5"] * 3]
+    assert [len(lines) for lines in found] == [2, 2, 2, 3]
+    assert found[-1]["run"].tolist() == ["CLR 0.1-3.5", "constant 3.5", "constant 0.35"]
+
+
+def test_a_search_whose_trials_another_process_trains_goes_on_later(rows, trained, monkeypatch):
+    run_experiment, refused = experiments.run_experiment, []
+
+    def busy(experiment, runs, seeds, data, **options):
+        if experiment == "04_post_tuning" and len(refused) < 2:
+            refused.append(runs[0].name)
+            return pd.DataFrame()
+        return run_experiment(experiment, runs, seeds, data, **options)
+
+    monkeypatch.setattr(experiments, "run_experiment", busy)
+    trainer, done = train_rows.Trainer(rows["images"], math.inf), []
+    trainer.complete(lambda: done.append(rows["plan"](tiny(rows["POST"]), trainer.train)), pause=0)
+    assert "equal" not in done[0] and len(done) == 2 and len(done[1]["equal"]) == 2 * len(rows["WAYS"])
 
 
 def test_benchmarks_take_turns_and_compare_within_a_round():

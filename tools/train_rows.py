@@ -47,9 +47,10 @@ def main(arguments=None):
     trainer = Trainer(rows["images"], time.monotonic() + 60 * options.minutes, options.peak)
     try:
         if options.rows == "06":
-            rows["plan"](trainer.record)
+            trainer.complete(lambda: rows["plan"](trainer.record))
         else:
-            rows["plan"](rows["SMALL"] if options.rows == "quick" else rows["POST"], trainer.train)
+            size = rows["SMALL"] if options.rows == "quick" else rows["POST"]
+            trainer.complete(lambda: rows["plan"](size, trainer.train))
     except OutOfTime as stopped:
         print(f"{stopped}. Call it again to go on.")
     else:
@@ -85,24 +86,48 @@ def definitions(notebook):
 
 
 class Trainer:
-    """`run_experiment`, run by run, until the time is up."""
+    """`run_experiment` and `record`, run by run, until the time is up.
+
+    What another process is training is left out, so no process waits while there is something to do.
+    """
 
     def __init__(self, images, end, peak=None):
         self.images, self.end, self.peak = images, end, peak
         self.speeds = {}  # {batch size: images per second of the last run, evaluation and compilation included}
+        self.found = {}  # {(experiment, run or way, seed): its lines}
+        self.longest = 0  # seconds of a way
+        self.missing = False
 
-    def train(self, experiment, runs, seeds, train_size, part="test", **options):
-        """A DataFrame of all runs and seeds. What another process is training is waited for at the end."""
+    def complete(self, plan, pause=5):
+        """Follows a plan, and again until nothing is missing: what was left out may be there, or allow for more."""
+        self.missing = True
+        while self.missing:
+            self.missing = False
+            plan()
+            if self.missing:
+                time.sleep(pause)
+
+    def gather(self, experiment, names, find):
+        """A DataFrame of all (name, seed) that `find` has or trains now."""
         import pandas as pd
 
-        data, lines = self.images(train_size, part), {}
-        for wait in (False, True):
-            for seed, run in itertools.product(seeds, runs):
-                if (run.name, seed) not in lines:
-                    found = self.train_one(experiment, run, seed, data, wait=wait, **options)
-                    if len(found):
-                        lines[run.name, seed] = found
-        return pd.concat([lines[run.name, seed] for seed, run in itertools.product(seeds, runs)], ignore_index=True)
+        for name, seed in names:
+            if (experiment, name, seed) not in self.found:
+                lines = find(name, seed)
+                if len(lines):
+                    self.found[experiment, name, seed] = lines
+                self.missing |= not len(lines)
+        found = [self.found[key] for name, seed in names if (key := (experiment, name, seed)) in self.found]
+        return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["run", "test_accuracy"])
+
+    def train(self, experiment, runs, seeds, train_size, part="test", **options):
+        data, runs = self.images(train_size, part), {run.name: run for run in runs}
+        names = [(name, seed) for seed, name in itertools.product(seeds, runs)]
+        return self.gather(experiment, names, lambda n, seed: self.train_one(experiment, runs[n], seed, data, **options))
+
+    def record(self, experiment, ways, seeds, task, part):
+        data, names = self.images(task, part), [(way, seed) for seed, way in itertools.product(seeds, ways)]
+        return self.gather(experiment, names, lambda way, seed: self.record_one(experiment, way, ways[way], seed, data))
 
     def train_one(self, experiment, run, seed, data, **options):
         from experiments import read_results, run_experiment
@@ -113,35 +138,25 @@ class Trainer:
         speed = self.speeds.get(run.batch_size, min(self.speeds.values(), default=math.inf))
         if not before and start + work / speed > self.end:
             raise OutOfTime(f"No time for {experiment}: {run.name}, seed {seed}")
-        found = run_experiment(experiment, [run], [seed], data, **options)
+        found = run_experiment(experiment, [run], [seed], data, wait=False, **options)
         seconds = time.monotonic() - start
         if len(found) and found["seconds"][0] <= seconds:  # trained here, and in one go
             self.speeds[run.batch_size] = work / seconds
             self.report(experiment, run, found.iloc[0])
         return found
 
-    def record(self, experiment, ways, seeds, task, part):
-        """The same for `experiments.record`, of ways that are no runs."""
-        import pandas as pd
+    def record_one(self, experiment, way, function, seed, data):
+        from experiments import record
 
-        import experiments
-
-        data, found, longest = self.images(task, part), {}, 0
-        for wait in (False, True):
-            for seed, way in itertools.product(seeds, ways):
-                if (way, seed) in found:
-                    continue
-                start = time.monotonic()
-                if start + longest > self.end:
-                    raise OutOfTime(f"No time for {experiment}: {way}, seed {seed}")
-                rows = experiments.record(experiment, {way: ways[way]}, [seed], data, wait=wait)
-                seconds = time.monotonic() - start
-                longest = max(longest, seconds)
-                if len(rows):
-                    found[way, seed] = rows
-                    if rows["seconds"].iloc[0] <= seconds:  # trained here
-                        print(f"{experiment}: {way}, seed {seed}, {seconds:.0f} s", flush=True)
-        return pd.concat([found[way, seed] for seed, way in itertools.product(seeds, ways)], ignore_index=True)
+        start = time.monotonic()
+        if start + self.longest > self.end:
+            raise OutOfTime(f"No time for {experiment}: {way}, seed {seed}")
+        found = record(experiment, {way: function}, [seed], data, wait=False)
+        seconds = time.monotonic() - start
+        if len(found) and found["seconds"].iloc[0] <= seconds:  # trained here
+            self.longest = max(self.longest, seconds)
+            print(f"{experiment}: {way}, seed {seed}, {seconds:.0f} s", flush=True)
+        return found
 
     def report(self, experiment, run, line):
         speed = run.epochs * line["train_size"] / line["seconds"]
