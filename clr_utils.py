@@ -90,7 +90,8 @@ def cosine_restarts(iteration, bounds, steps, factor=1):
     Args:
         factor: each fall is this many times as long as the one before; an int of at least 1.
     """
-    _require(isinstance(factor, int) and factor >= 1, f"{factor=}: give the growth of the falls as an int from 1.")
+    whole = isinstance(factor, int) and factor >= 1
+    _require(whole, f"{factor=}: give the growth of the falls as an int of at least 1.")
     xp, iteration = _numbers_of(iteration)
     first = 2 * steps
     if factor == 1:
