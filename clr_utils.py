@@ -988,7 +988,7 @@ def _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing
     _require(within(batch_size, numbers.Integral, 1, math.inf), f"{batch_size=}: give a whole number of at least 1.")
     _require(isinstance(stop_factor, numbers.Real) and stop_factor > 1, f"{stop_factor=}: give a number above 1.")
     _require(momentum is None or within(momentum, numbers.Real, 0, 1), f"{momentum=}: give a number in [0, 1).")
-    _require(not hasattr(validation_data, "__next__"), "validation_data can be read only once: give (x, y), a dataset.")
+    _require(not hasattr(validation_data, "__next__"), "validation_data can be read once only: give (x, y), a dataset.")
     smooth([], smoothing)  # its check
 
 
@@ -1120,7 +1120,7 @@ def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ti
     elif isinstance(schedule, CyclicalLR):
         schedule = schedule.at
     values = np.asarray(schedule(np.arange(updates)) if callable(schedule) else schedule, float)
-    _require(values.shape == (updates,), f"A schedule for {updates} updates has a value for each, not {values.shape}.")
+    _require(values.shape == (updates,), f"Give a value for each of the {updates} updates, not shape {values.shape}.")
     (ax,) = new_axes(title=title, axes=ax)
     n = len(ax.lines)
     ax.plot(values, label=label, **line_styles(max(4, n + 1))[n] | style)

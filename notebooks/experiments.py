@@ -331,9 +331,11 @@ def residual_network(width=128, blocks=8, batch_norm_momentum=0.95):
             has a quarter of them. blocks: how many. By default the post's 1,016,970 parameters.
         batch_norm_momentum: share of the past in BatchNorm's running mean and variance.
     """
-    _require(width >= 4 and width % 4 == 0, f"{width=}: give a multiple of 4, a block narrows to a quarter of it.")
-    hint = "give a number of blocks from 0, and a share of the past in [0, 1)."
-    _require(blocks >= 0 and 0 <= batch_norm_momentum < 1, f"{blocks=}, {batch_norm_momentum=}: {hint}")
+    if width < 4 or width % 4:
+        raise ValueError(f"width={width!r}: give a multiple of 4, a block narrows to a quarter of it.")
+    if blocks < 0 or not 0 <= batch_norm_momentum < 1:
+        given = f"blocks={blocks!r}, batch_norm_momentum={batch_norm_momentum!r}"
+        raise ValueError(f"{given}: give a number of blocks from 0, and a share of the past in [0, 1).")
     layers = keras.layers
 
     def convolution(x, filters, size, **options):
