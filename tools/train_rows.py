@@ -123,7 +123,9 @@ class Trainer:
     def train(self, experiment, runs, seeds, train_size, part="test", **options):
         data, runs = self.images(train_size, part), {run.name: run for run in runs}
         names = [(name, seed) for seed, name in itertools.product(seeds, runs)]
-        return self.gather(experiment, names, lambda n, seed: self.train_one(experiment, runs[n], seed, data, **options))
+        return self.gather(
+            experiment, names, lambda n, seed: self.train_one(experiment, runs[n], seed, data, **options)
+        )
 
     def record(self, experiment, ways, seeds, task, part):
         data, names = self.images(task, part), [(way, seed) for seed, way in itertools.product(seeds, ways)]
