@@ -1129,7 +1129,7 @@ STYLES = {  # a way to train: its colour in seaborn's "colorblind", dashes and m
     "linear decay": (5, DASHES[5], "v"),
     "cosine decay": (9, DASHES[6], "X"),
     "step decay": (7, DASHES[7], "*"),
-    "cosine restarts": (9, "--", "h"),
+    "cosine restarts": (5, "--", "h"),
     "trapezoid": (2, "-", "p"),
     "AdamW trapezoid": (1, "-", "<"),
     "schedule-free AdamW": (4, "-", ">"),

@@ -131,7 +131,7 @@ def recorded(name):
     files = sorted((ROOT / "figures" / "results").glob(f"{name[:2]}_*.jsonl"))
     texts = [file.read_text(encoding="utf-8") for file in files if "tuning" not in file.stem]
     lines = [json.loads(line) for text in texts for line in text.splitlines()]
-    return list({(line["experiment"], line["run"], line["seed"]): line for line in lines}.values())
+    return list({(line["experiment"], line["run"], line["seed"]): line for line in lines if "run" in line}.values())
 
 
 def computed(expression, name):
