@@ -43,6 +43,7 @@ ARITHMETIC = {
         "or 62%": "100 * 0.999**471",
         "spends 70 of": "0.9 * (157 // 2)",
     },
+    "06_beyond_one_cycle": {"is 1.9 times": "1 + 0.9"},
     "README": {  # the parameters, layer by layer
         "40,558": "32 * (9 + 1) + 16 * (9 * 32 + 1) + 20 * (9 * 16 + 1) + 64 * (5 * 5 * 20 + 1) + 10 * (64 + 1)",
     },
