@@ -29,8 +29,7 @@ def names(tmp_path, monkeypatch):
 
 
 def test_it_is_read_in_some_minutes():
-    prose = re.sub(r"```.*?```|<!--.*?-->", "", README, flags=re.S)
-    assert len([word for line in prose.splitlines() if line[:2] != "| " for word in line.split()]) <= 1000
+    assert len(re.sub(r"```.*?```", "", README, flags=re.S).split()) <= 1000  # the words of its tables too
 
 
 def test_the_three_commonest_wishes_are_there():
