@@ -537,7 +537,8 @@ def settle_batch_norm(model, x, batch_size=128):
     try:
         for layer in layers:
             layer.momentum = 0.0  # the running statistics are now those of the last batch
-        forward = _forward_in_training(model, tuple(layers))
+        eager = keras.backend.backend() != "jax"  # which is slow without compilation
+        forward = functools.partial(model, training=True) if eager else _compiled_forward(model, tuple(layers))
         for k in range(len(x) // batch_size):
             forward(x[k * batch_size : (k + 1) * batch_size].astype(keras.config.floatx()))
             means = [mean + (_value_of(v) - mean) / (k + 1) for mean, v in zip(means, statistics)]
@@ -550,10 +551,8 @@ def settle_batch_norm(model, x, batch_size=128):
 
 
 @functools.lru_cache(maxsize=1)  # the next call is likely to be for the same model
-def _forward_in_training(model, layers):
-    """A function that runs a model in training mode on a batch. JAX is slow without compilation."""
-    if keras.backend.backend() != "jax":
-        return functools.partial(model, training=True)
+def _compiled_forward(model, layers):
+    """On JAX: a function that runs a model in training mode on a batch."""
     import jax
 
     compiled, variables = jax.jit(functools.partial(model.stateless_call, training=True)), model.non_trainable_variables

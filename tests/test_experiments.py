@@ -730,6 +730,15 @@ def way(seed, data):
 """
 
 
+def test_code_of_a_way_stops_at_libraries():
+    from scipy.sparse.linalg import eigsh  # whose modules hold what JSON cannot
+
+    text = "def way(seed, data):\n    return [{'found': eigsh(data.train)}]\n"
+    way = written_in({"eigsh": eigsh, "__name__": "cell"}, text)
+    assert len(list(experiments._own_code([way], {}))) == 2  # its source, and the name that it refers to
+    assert experiments._code_of_way(way, 200, 40, "test")
+
+
 def test_code_of_a_way_follows_all_that_it_calls_and_nothing_else():
     def code(text=WAY, **more):
         return experiments._code_of_way(written_in({"SCALE": 3, "__name__": "cell", **more}, text), 200, 40, "test")
