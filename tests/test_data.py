@@ -19,6 +19,7 @@ import pooch
 import pytest
 
 import experiments
+from clr_utils import lr_range_test
 from experiments import Dataset, hold_out, load_cifar10, load_mnist, subset
 
 SHAPES = {"x_train": (12, 28, 28), "y_train": (12,), "x_test": (5, 28, 28), "y_test": (5,)}
@@ -534,3 +535,17 @@ def test_the_network_of_the_series_learns_it(drawn):
     model.fit(x / np.float32(255), y, batch_size=32, epochs=2, verbose=0)
     score = model.evaluate(x_test / np.float32(255), y_test, verbose=0)[1]
     assert score > 0.8
+
+
+@stand_ins
+@pytest.mark.parametrize("seed", range(3))
+def test_a_short_range_test_descends_on_it(drawn, name, seed):
+    x, y = (array[:2000] for array in drawn[name].train)
+    network = {"mnist": experiments.mnist_network, "cifar10": lambda: experiments.residual_network(16, 1)}[name]
+    keras.utils.set_random_seed(seed)
+    model = network()
+    model.compile(keras.optimizers.SGD(momentum=0.9), "sparse_categorical_crossentropy")
+    scale = np.float32(255) if name == "mnist" else np.float32(1)
+    found = lr_range_test(model, x / scale, y, num_steps=200)
+    assert found.smoothed.min() < 0.95 * np.log(10)  # that of guessing
+    assert found.bounds()[0] < found.bounds()[1]
