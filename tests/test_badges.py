@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import stamp_badges  # noqa: E402
+import stamp_badges
 
 COLAB = "https://colab.research.google.com/github/"
 NOTEBOOK = {

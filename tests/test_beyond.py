@@ -11,8 +11,9 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import experiments  # noqa: E402
-import train_rows  # noqa: E402
+import train_rows
+
+import experiments
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the notebook's sharpness needs it")
 

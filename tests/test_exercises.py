@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import make_colab  # noqa: E402
+import make_colab
 
 # One wrong answer for each exercise, in order. It is run on top of the solution, so it says only what is wrong.
 WRONG_ANSWERS = {

@@ -13,7 +13,7 @@ if keras.backend.backend() != "tensorflow":
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tools"))
 
-import train_rows  # noqa: E402
+import train_rows
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(40, 6)).astype("float32")

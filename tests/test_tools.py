@@ -15,12 +15,12 @@ import timing
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import experiments  # noqa: E402, I001
-import keras  # noqa: E402
-import make_colab  # noqa: E402
-import run_notebooks  # noqa: E402
-import pandas as pd  # noqa: E402
-import train_rows  # noqa: E402
+import experiments  # noqa: I001
+import keras
+import make_colab
+import run_notebooks
+import pandas as pd
+import train_rows
 
 
 @pytest.fixture

@@ -49,8 +49,8 @@ def main(arguments=None):
         if options.rows == "06":
             trainer.complete(lambda: rows["plan"](trainer.record))
         else:
-            size = rows["SMALL"] if options.rows == "quick" else rows["POST"]
-            trainer.complete(lambda: rows["plan"](size, trainer.train))
+            sizes = [rows["SMALL"], rows["ALL_IMAGES"]] if options.rows == "quick" else [rows["POST"]]
+            trainer.complete(lambda: [rows["plan"](size, trainer.train) for size in sizes])
     except OutOfTime as stopped:
         print(f"{stopped}. Call it again to go on.")
     else:
