@@ -200,6 +200,14 @@ def test_a_search_whose_trials_another_process_trains_goes_on_later(rows, traine
     assert "equal" not in done[0] and len(done) == 2 and len(done[1]["equal"]) == 2 * len(rows["WAYS"])
 
 
+def test_a_way_recorded_before_its_seconds_were_is_there(monkeypatch):
+    old = pd.DataFrame([{"way": "triangle", "seed": 0, "sharpness": 20.0}])
+    monkeypatch.setattr(experiments, "record", lambda *arguments, **options: old)
+    trainer = train_rows.Trainer(lambda *which: None, math.inf)
+    found = trainer.record("06_sharpness", {"triangle": None}, (0,), None, "test")
+    assert found.equals(old) and not trainer.missing
+
+
 def test_benchmarks_take_turns_and_compare_within_a_round():
     calls, contestants = [], ("a", "b", "c")
     seconds = timing.alternating({name: functools.partial(calls.append, name) for name in contestants}, 3)

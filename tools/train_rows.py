@@ -155,7 +155,7 @@ class Trainer:
             raise OutOfTime(f"No time for {experiment}: {way}, seed {seed}")
         found = record(experiment, {way: function}, [seed], data, wait=False)
         seconds = time.monotonic() - start
-        if len(found) and found["seconds"].iloc[0] <= seconds:  # trained here
+        if "seconds" in found and found["seconds"].iloc[0] <= seconds:  # trained here (older lines do not say)
             self.longest = max(self.longest, seconds)
             print(f"{experiment}: {way}, seed {seed}, {seconds:.0f} s", flush=True)
         return found
