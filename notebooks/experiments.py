@@ -1133,6 +1133,8 @@ STYLES = {  # a way to train: its colour in seaborn's "colorblind", dashes and m
     "cosine restarts": (5, "--", "h"),
     "trapezoid": (2, "-", "p"),
     "AdamW trapezoid": (1, "-", "<"),
+    "AdamW": (1, ":", "d"),
+    "AdamW linear decay": (1, "--", "8"),
     "schedule-free AdamW": (4, "-", ">"),
 }
 STYLES |= dict.fromkeys(("SGD", "constant 0.35"), STYLES["constant"])

@@ -315,7 +315,7 @@ def test_a_way_has_its_colour_in_every_picture_and_nothing_else_has_it():
 
 def test_no_two_ways_look_the_same():
     looks = {style[:2] for style in STYLES.values()}
-    assert len(looks) == len(set(STYLES.values())) == 13
+    assert len(looks) == len(set(STYLES.values())) == 15
     for names in ([f"row {n}" for n in range(8)], ["1cycle, a", "1cycle, b", "1cycle"]):
         styles = experiments.styles_of(names)
         assert len({str(style) for style in styles.values()}) == len(names) == len(styles)
