@@ -154,6 +154,7 @@ def trapezoid(iteration, bounds, steps, warmup=0.05, decay=0.2, final=1e-3, shap
     last = 2 * steps - 1
     foot = min(round((1 - decay) * last), last - 1)  # the last update at the top
     top = min(max(1, round(warmup * last)), max(1, foot)) if warmup else 0
+    foot = max(foot, min(top, last - 1))  # a warm-up, however short, reaches the top
     iteration = xp.minimum(iteration, last)
     rise = _between(xp, bounds, _share(xp, iteration, top)) if top else float(bounds[1])
     fallen = _share(xp, xp.maximum(iteration - foot, 0), last - foot)

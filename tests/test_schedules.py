@@ -500,6 +500,7 @@ trapezoid_ = st.fixed_dictionaries(
 @given(st.integers(2, 300), bounds_, trapezoid_)
 @example(2, (0.1, 1.0), dict(warmup=1.0, decay=0.0, final=0.0, shape="linear"))
 @example(3, (0.1, 1.0), dict(warmup=0.0, decay=1.0, final=1.0, shape="1-sqrt"))
+@example(2, (0.0, 1.0), dict(warmup=1e-9, decay=1.0, final=0.0, shape="linear"))
 def test_trapezoid_rises_rests_and_falls_as_long_as_asked(steps, bounds, options):
     assume(options["warmup"] + options["decay"] <= 1)
     (low, high), last = bounds, 2 * steps - 1
