@@ -534,18 +534,17 @@ def test_the_network_of_the_series_learns_it(drawn):
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(x / np.float32(255), y, batch_size=32, epochs=2, verbose=0)
     score = model.evaluate(x_test / np.float32(255), y_test, verbose=0)[1]
-    assert score > 0.8
+    assert 0.8 < score < 0.95  # one label in ten is wrong: where the loss goes to zero, no rate is too high
 
 
 @stand_ins
 @pytest.mark.parametrize("seed", range(3))
 def test_a_short_range_test_descends_on_it(drawn, name, seed):
     x, y = (array[:2000] for array in drawn[name].train)
-    network = {"mnist": experiments.mnist_network, "cifar10": lambda: experiments.residual_network(16, 1)}[name]
     keras.utils.set_random_seed(seed)
-    model = network()
+    mnist = name == "mnist"
+    model = experiments.rescaled(experiments.mnist_network()) if mnist else experiments.residual_network(16, 1)
     model.compile(keras.optimizers.SGD(momentum=0.9), "sparse_categorical_crossentropy")
-    scale = np.float32(255) if name == "mnist" else np.float32(1)
-    found = lr_range_test(model, x / scale, y, num_steps=200)
+    found = lr_range_test(model, x.astype("float32"), y, num_steps=200)
     assert found.smoothed.min() < 0.95 * np.log(10)  # that of guessing
     assert found.bounds()[0] < found.bounds()[1]
