@@ -208,6 +208,17 @@ def test_a_way_recorded_before_its_seconds_were_is_there(monkeypatch):
     assert found.equals(old) and not trainer.missing
 
 
+@pytest.mark.parametrize("which, sizes", [("quick", ["SMALL", "ALL_IMAGES"]), ("full", ["POST"])])
+def test_the_command_follows_the_plan_of_each_size(rows, monkeypatch, which, sizes):
+    asked = []
+    planned = {**rows, "plan": lambda size, get_lines: asked.append(size)}
+    monkeypatch.setattr(train_rows, "definitions", lambda notebook: planned)
+    for name in ("CLR_PROFILE", "CLR_SYNTHETIC"):  # which the command sets
+        monkeypatch.setenv(name, os.environ.get(name, "always"))
+    train_rows.main([which])
+    assert asked == [rows[size] for size in sizes]
+
+
 def test_benchmarks_take_turns_and_compare_within_a_round():
     calls, contestants = [], ("a", "b", "c")
     seconds = timing.alternating({name: functools.partial(calls.append, name) for name in contestants}, 3)
