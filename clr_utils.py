@@ -522,7 +522,7 @@ def settle_batch_norm(model, x, batch_size=128):
     the batches of x. Nothing else changes. Source: Izmailov and others 2018, arXiv:1803.05407, section 3.2.
 
     Args:
-        model: a built keras.Model.
+        model: a built keras.Model. Of a BatchNorm layer that it calls several times in a pass, the last call counts.
         x: training inputs, an array (samples, ...), taken in their order; some thousand samples will do.
         batch_size: samples of a batch, as in the training; what is left at the end is not used.
 
@@ -538,8 +538,10 @@ def settle_batch_norm(model, x, batch_size=128):
     try:
         for layer in layers:
             layer.momentum = 0.0  # the running statistics are now those of the last batch
-        eager = keras.backend.backend() != "jax"  # which is slow without compilation
-        forward = functools.partial(model, training=True) if eager else _compiled_forward(model, tuple(layers))
+        for variable in statistics:
+            variable.assign(np.zeros(variable.shape))  # momentum 0 times an overflow would be NaN
+        on_jax = keras.backend.backend() == "jax"
+        forward = _compiled_forward(model) if on_jax else functools.partial(model, training=True)
         for k in range(len(x) // batch_size):
             forward(x[k * batch_size : (k + 1) * batch_size].astype(keras.config.floatx()))
             means = [mean + (_value_of(v) - mean) / (k + 1) for mean, v in zip(means, statistics)]
@@ -551,9 +553,8 @@ def settle_batch_norm(model, x, batch_size=128):
             variable.assign(value)
 
 
-@functools.lru_cache(maxsize=1)  # the next call is likely to be for the same model
-def _compiled_forward(model, layers):
-    """On JAX: a function that runs a model in training mode on a batch."""
+def _compiled_forward(model):
+    """On JAX, which is slow without compilation: a function that runs a model in training mode on a batch."""
     import jax
 
     compiled, variables = jax.jit(functools.partial(model.stateless_call, training=True)), model.non_trainable_variables
@@ -730,11 +731,11 @@ class RangeTest:
         """
         kept, _, reason = self._read()
         _require(kept is not None, f"The range test suggests nothing. {reason}")
-        lr, loss = self.lr[kept], self.smoothed[kept]
+        moved = np.diff(self.lr[kept], append=math.inf) > 0  # the rate stands still where loss scaling skips an update
+        lr, loss = self.lr[kept][moved], self.smoothed[kept][moved]
         end, length = _longest_descent(loss)
         valley = max(0, end - length) + int(length / 3) + int(length / 6)
-        steepest = int(np.argmin(np.diff(loss) / np.diff(np.log(lr))))
-        lowest = int(np.argmin(loss))
+        steepest, lowest = int(np.argmin(np.diff(loss) / np.diff(np.log(lr)))), int(np.argmin(loss))
         falls = f"The smoothed loss was still falling at the last kept rate, {lr[-1]:.3g}: try a higher lr_bounds[1]."
         why = falls if lowest == len(loss) - 1 else "The smoothed loss falls and rises again."
         return Suggestions(float(lr[valley]), float(lr[steepest]), float(lr[lowest]) / 10, why)
@@ -864,9 +865,8 @@ def _compiled_for_a_while(model, optimizer):
         keras.Model.compile(model, **given)  # not a `compile` of the model's class
         yield
     finally:
-        vars(model).update(attributes)
-        for name in vars(model).keys() - attributes.keys():
-            del vars(model)[name]
+        model.optimizer = attributes["optimizer"]  # TensorFlow's checkpoints follow what was assigned last
+        object.__setattr__(model, "__dict__", attributes)
         for metric in metrics:  # some make their variables at the first batch
             metric.reset_state()
         for variable, value in zip(variables, values):

@@ -27,6 +27,28 @@ def test_statistics_become_the_means_over_the_batches(layer):
     assert norm.momentum == 0.9
 
 
+@pytest.mark.parametrize("layer", [keras.layers.BatchNormalization, experiments.BatchNormalization])
+def test_statistics_that_an_overflow_has_spoilt_are_settled(layer):
+    norm = layer()
+    model = keras.Sequential([keras.Input((4,)), norm])
+    norm.moving_mean.assign(np.full(4, np.nan))
+    norm.moving_variance.assign(np.full(4, np.inf))
+    settle_batch_norm(model, X, batch_size=25)
+    np.testing.assert_allclose(value(norm.moving_mean), X.mean(axis=0), rtol=1e-5)
+    assert np.isfinite(value(norm.moving_variance)).all()
+
+
+def test_a_layer_that_is_frozen_between_two_calls_keeps_its_statistics():
+    norms = [keras.layers.BatchNormalization() for _ in range(2)]
+    model = keras.Sequential([keras.Input((4,)), *norms])
+    settle_batch_norm(model, X, 10)
+    norms[0].trainable = False
+    before = [value(norm.moving_mean) for norm in norms]
+    settle_batch_norm(model, 3 * X, 10)
+    np.testing.assert_array_equal(value(norms[0].moving_mean), before[0])
+    assert np.abs(value(norms[1].moving_mean) - before[1]).min() > 1
+
+
 def test_everything_else_stays_and_an_error_does_too():
     dropout, norm = keras.layers.Dropout(0.5), keras.layers.BatchNormalization(momentum=0.7)
     frozen = keras.layers.BatchNormalization(trainable=False)

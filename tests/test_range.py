@@ -636,6 +636,28 @@ def test_updates_skipped_by_loss_scaling_do_not_move_the_rate():
     assert result.lr[-1] == pytest.approx(np.geomspace(1e-9, 1e-7, 40)[39 - skipped])
 
 
+def test_a_skipped_update_is_not_where_the_loss_falls_fastest():
+    lr = np.repeat(np.geomspace(1e-3, 1.0, 30), 2)  # every second update is skipped
+    loss = np.linspace(2, 1, 60) - 0.5 * (np.arange(60) > 40)
+    result = RangeTest(lr, loss, loss, None, None, None, "It ended.", 1.1, (1e-3, 1.0), 60, "exponential", 4.0, 0.95)
+    with np.errstate(all="raise"):
+        assert result.suggest().steepest == lr[39]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.train.Checkpoint")
+@pytest.mark.parametrize("make", [lambda: keras.optimizers.Adam(0.1), lambda: CLR((0.01, 0.1), 50)])
+def test_tensorflows_checkpoint_holds_the_models_own_optimizer_afterwards(make, tmp_path):
+    import tensorflow as tf
+
+    trained, restored = compiled(make()), compiled(make())
+    lr_range_test(trained, X, Y, **QUICK)
+    trained.fit(X, Y, batch_size=16, verbose=0)
+    path = tf.train.Checkpoint(model=trained).save(tmp_path / "checkpoint")
+    restored.optimizer.build(restored.trainable_variables)
+    tf.train.Checkpoint(model=restored).restore(path)
+    assert int(restored.optimizer.iterations) == int(trained.optimizer.iterations) == 10
+
+
 # ---- when it stops --------------------------------------------------------------------------------------
 
 
