@@ -38,15 +38,14 @@ def test_statistics_that_an_overflow_has_spoilt_are_settled(layer):
     assert np.isfinite(value(norm.moving_variance)).all()
 
 
-def test_a_layer_that_is_frozen_between_two_calls_keeps_its_statistics():
-    norms = [keras.layers.BatchNormalization() for _ in range(2)]
-    model = keras.Sequential([keras.Input((4,)), *norms])
+def test_a_layer_may_be_frozen_between_two_calls():
+    dense, norm = keras.layers.Dense(4), keras.layers.BatchNormalization()
+    model = keras.Sequential([keras.Input((4,)), dense, norm])
     settle_batch_norm(model, X, 10)
-    norms[0].trainable = False
-    before = [value(norm.moving_mean) for norm in norms]
-    settle_batch_norm(model, 3 * X, 10)
-    np.testing.assert_array_equal(value(norms[0].moving_mean), before[0])
-    assert np.abs(value(norms[1].moving_mean) - before[1]).min() > 1
+    dense.trainable = False
+    settle_batch_norm(model, 3 * X, 10)  # JAX hands over trainable variables and others apart
+    expected = 3 * X @ value(dense.kernel)
+    np.testing.assert_allclose(value(norm.moving_mean), expected.mean(axis=0), rtol=1e-4, atol=1e-4)
 
 
 def test_everything_else_stays_and_an_error_does_too():
