@@ -378,7 +378,8 @@ def describe_machine():
     backend = keras.backend.backend()
     names = _gpu_names(backend)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = int(os.environ.get("OMP_NUM_THREADS", cores))
+    said = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))  # "2,1" is valid too: by level of nesting
+    threads = int(said[0]) if said else cores
     cpu = f"{cores} CPU cores" if threads >= cores else f"{threads} of {cores} CPU cores"
     device = f"{len(names)} x {names[0]}" if names else f"{cpu} ({platform.machine()})"
     version = __import__(backend).__version__
@@ -645,6 +646,11 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
     for run in runs:
         code, model = _code_and_model(run, len(data.train[0]), len(data.test[0]), data.part)
         _check_classifier(run, model, data)
+        norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+        _require(
+            not settled or (any(n.trainable for n in norms) and run.batch_size <= len(data.train[0])),
+            f"{run.name}: settled=True needs a trainable BatchNormalization layer and a whole batch. Leave it out.",
+        )
         keys |= {(run.name, seed): {**of_all, "run": run.name, "code": code, "seed": seed} for seed in seeds}
     asked = {name for name, wanted in (("every_epoch", every_epoch), ("settled_accuracy", settled)) if wanted}
 
@@ -1011,7 +1017,7 @@ def _results_file(folder, experiment):
 def _lines_of(path):
     """The whole lines of a results file as dicts; what a crash has cut off is none, and two in one line are two."""
     text, found = path.read_text(encoding="utf-8-sig") if path.exists() else "", []
-    for line in text.replace("}{", "}\n{").splitlines():
+    for line in text.replace('}{"', '}\n{"').splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found

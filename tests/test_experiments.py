@@ -414,6 +414,13 @@ def test_settled_statistics_are_measured_beside_the_running_ones_and_change_noth
     assert both["settled_loss"] < both["test_loss"]
 
 
+def test_what_cannot_be_settled_is_refused_before_the_training(results_file, monkeypatch):
+    monkeypatch.setattr(experiments, "_train", None)
+    for row in (ROW, LONG._replace(batch_size=65)):
+        with pytest.raises(ValueError, match="settled=True needs"):
+            train(row, settled=True)
+
+
 def test_a_run_killed_in_its_fifth_epoch_and_called_again_ends_in_the_same_line(results_file, tmp_path):
     code = """
 import os, signal
@@ -498,6 +505,11 @@ def test_lines_that_ran_together_and_a_byte_order_mark_are_read(results_file):
     text = results_file.read_text()
     results_file.write_bytes(b"\xef\xbb\xbf" + text.replace("}\n{", "}{").encode())
     assert read() == [first, second] and train(seeds=(0, 1)) == [first, second]
+
+
+def test_notes_may_hold_braces():
+    (line,) = train(ROW._replace(notes={"formula": r"\frac{1}{2}"}))
+    assert read() == [line] and line["formula"] == r"\frac{1}{2}"
 
 
 def other_process(code, folder):

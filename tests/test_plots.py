@@ -558,6 +558,14 @@ def test_mnist_network_is_that_of_the_blog_post():
     np.testing.assert_allclose(rows.sum(axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("given, threads", [("1,1", 1), ("", None)])
+def test_describe_machine_reads_every_omp_num_threads(monkeypatch, given, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    line = experiments.describe_machine()
+    assert f"{threads} of {cores} CPU cores" in line if threads and threads < cores else f" {cores} CPU cores" in line
+
+
 def test_describe_machine_is_one_line_with_the_versions():
     line = experiments.describe_machine()
     assert "\n" not in line
