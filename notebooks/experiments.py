@@ -645,12 +645,7 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
     of_all = {"experiment": experiment, "profile": profile(), "data": data.source, "data_checksum": data.checksum}
     for run in runs:
         code, model = _code_and_model(run, len(data.train[0]), len(data.test[0]), data.part)
-        _check_classifier(run, model, data)
-        norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
-        _require(
-            not settled or (any(n.trainable for n in norms) and run.batch_size <= len(data.train[0])),
-            f"{run.name}: settled=True needs a trainable BatchNormalization layer and a whole batch. Leave it out.",
-        )
+        _check_model(run, model, data, settled)
         keys |= {(run.name, seed): {**of_all, "run": run.name, "code": code, "seed": seed} for seed in seeds}
     asked = {name for name, wanted in (("every_epoch", every_epoch), ("settled_accuracy", settled)) if wanted}
 
@@ -936,7 +931,7 @@ def _checked_data(data):
     return data._replace(**parts)
 
 
-def _check_classifier(run, model, data):
+def _check_model(run, model, data, settled):
     """That the runner can train what the run makes, found out before any training."""
     classes, output = max(2, *(int(labels.max()) + 1 for _, labels in data[:2])), model.outputs[0]
     _require(
@@ -947,6 +942,10 @@ def _check_classifier(run, model, data):
     given = keras.backend.standardize_dtype(output.dtype)
     hint = 'and the loss needs float32: give the last layer dtype="float32".'
     _require(given == "float32", f"{run.name}: the output is {given}, {hint}")
+    norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    settles = any(layer.trainable for layer in norms) and run.batch_size <= len(data.train[0])
+    hint = "a trainable BatchNormalization layer and a whole batch of training images: leave it out."
+    _require(settles or not settled, f"{run.name}: settled=True needs {hint}")
 
 
 def _checked_runs(runs):
