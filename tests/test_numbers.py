@@ -41,7 +41,6 @@ ARITHMETIC = {
         "hundredth from 75%": "100 * 3 / 4",
         "or 53%": "100 * 0.999**628",
         "or 62%": "100 * 0.999**471",
-        "spends 70 of": "0.9 * (157 // 2)",
     },
     "06_beyond_one_cycle": {"is 1.9 times": "1 + 0.9"},
     "README": {  # the parameters, layer by layer
