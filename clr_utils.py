@@ -129,8 +129,7 @@ def one_cycle(iteration, bounds, steps, peak=0.45, tail=0.1, final=1e-3, shape="
         height = _share(xp, xp.maximum(distance, 0), max(1, length))
         return _rounded(xp, height) if shape == "cosine" else height
 
-    iteration = xp.minimum(iteration, last)
-    end = final * low
+    iteration, end = xp.minimum(iteration, last), final * low
     rise = _between(xp, (low, high), share(iteration, top))
     fall = _between(xp, (low if tail else end, high), share(foot - iteration, foot - top))
     rest = _between(xp, (end, low), share(last - iteration, last - foot))
@@ -736,7 +735,7 @@ class RangeTest:
         end, length = _longest_descent(loss)
         valley = max(0, end - length) + int(length / 3) + int(length / 6)
         steepest, lowest = int(np.argmin(np.diff(loss) / np.diff(np.log(lr)))), int(np.argmin(loss))
-        falls = f"The smoothed loss was still falling at the last kept rate, {lr[-1]:.3g}: try a higher lr_bounds[1]."
+        falls = f"The smoothed loss was still falling at the last kept rate, {lr[-1]:.3g}. {self._advice()}"
         why = falls if lowest == len(loss) - 1 else "The smoothed loss falls and rises again."
         return Suggestions(float(lr[valley]), float(lr[steepest]), float(lr[lowest]) / 10, why)
 
@@ -784,9 +783,7 @@ class RangeTest:
         if not len(self.lr):
             return None, None, self.stopped
         if kept.stop - kept.start < 10:
-            advice = "Start at a lower rate or take more steps."
-            if self.diverged_at is None and len(self.lr) < self.num_steps:
-                advice = "Give more data, data that can be read again (a generator cannot), or a smaller num_steps."
+            advice = self._advice("Start at a lower rate or take more steps.")
             few = f"Too few points: {len(self.lr)} updates, and the first {first} and the last 5 do not count."
             return None, None, f"{few} {self.stopped} {advice}"
         start, noise = self.loss[: max(first, 5)].mean(), self.loss[: max(first, 5)].std()
@@ -798,8 +795,13 @@ class RangeTest:
         # The lowest point itself would be no guide: it lies anywhere in the flat part before the break.
         still_low = np.flatnonzero(self.smoothed <= lowest + (start - lowest) / 4)[-1]
         if still_low == len(self.smoothed) - 1 and self.diverged_at is None:
-            return kept, None, f"The loss was still low at the end, {self.lr[-1]:.3g}: raise lr_bounds[1]."
+            return kept, None, f"The loss was still low at the end, {self.lr[-1]:.3g}. {self._advice()}"
         return kept, float(self.lr[still_low]), ""
+
+    def _advice(self, where_data_sufficed="Raise lr_bounds[1]."):
+        if self.diverged_at is not None or len(self.lr) == self.num_steps:
+            return where_data_sufficed
+        return "Give more data, data that can be read again (a generator cannot), or a smaller num_steps."
 
 
 def _longest_descent(values):
@@ -807,8 +809,7 @@ def _longest_descent(values):
     lengths = np.ones(len(values), int)
     for i in range(1, len(values)):
         lengths[i] += max(lengths[:i][values[:i] > values[i]], default=0)
-    end = int(np.argmax(lengths))
-    return end, int(lengths[end])
+    return int(np.argmax(lengths)), int(lengths.max())
 
 
 def _rising(iteration, bounds, steps, sweep):
@@ -827,8 +828,7 @@ def _sweep_optimizer(optimizer, schedule, momentum):
     initialised anew, and what has been set besides is carried over, except variables, which `build` makes.
     """
     kind, base = type(optimizer), keras.optimizers.Optimizer
-    if hasattr(optimizer, "optimizers"):  # MultiOptimizer
-        raise ValueError(f"{kind.__name__} has several learning rates: compile with one optimizer for the test.")
+    _require(not hasattr(optimizer, "optimizers"), f"{kind.__name__} has several learning rates: compile with one.")
     if hasattr(optimizer, "inner_optimizer"):  # LossScaleOptimizer
         scale = float(ops.convert_to_numpy(optimizer.dynamic_scale)) if optimizer.built else optimizer.initial_scale
         inner = _sweep_optimizer(optimizer.inner_optimizer, schedule, momentum)

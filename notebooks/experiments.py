@@ -10,6 +10,7 @@ import inspect
 import io
 import itertools
 import json
+import linecache
 import math
 import numbers
 import os
@@ -406,8 +407,6 @@ def _gpu_names(backend):
 # ---------------------------------------------------------------------------------------------------------
 
 PROCEDURE = 1  # part of every run's code: raise it with a change to `_train` that changes a result (not for a new key)
-LIBRARIES = {"builtins", "clr_utils", "experiments", "IPython", "jax", "jaxlib", "keras", "matplotlib", "numpy"}
-LIBRARIES |= {"pandas", "scipy", "seaborn", "statsmodels", "tensorflow", "torch", "tqdm", *sys.stdlib_module_names}
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # and their dtype policy in Keras
 
 
@@ -436,6 +435,8 @@ def _code_and_model(run, train_size, test_size, part):
             f"{run.name}: {name} returns the same {name[5:]} at each call, or one that shares its weights. Every seed "
             "needs one of its own: make it inside the function, as in lambda: network().",
         )
+    hint = "is not built: begin with keras.Input, as a Sequential or a functional model."
+    _require(getattr(models[0], "outputs", None), f"{run.name}: the model {hint}")
     what = [
         PROCEDURE,
         _but_for_seeds(*map(_model_config, models)),
@@ -461,8 +462,10 @@ def _built(run, train_size, seed):
 
 
 def _model_config(model):
-    names = {layer.name: f"layer {n}" for n, layer in enumerate(model._flatten_layers())}
-    return _config(json.loads(model.to_json()), names)
+    layers = list(model._flatten_layers())
+    operations = [o for m in layers for o in getattr(m, "operations", ()) if not isinstance(o, keras.layers.Layer)]
+    names = {operation.name: f"operation {n}" for n, operation in enumerate(operations)}  # such as x + y
+    return _config(json.loads(model.to_json()), names | {layer.name: f"layer {n}" for n, layer in enumerate(layers)})
 
 
 def _config(config, names):
@@ -471,13 +474,18 @@ def _config(config, names):
         dropped = {"module", "registered_name", "build_config", "keras_version", "backend"}
         if not config.get("renorm"):
             dropped |= {"renorm_momentum"}  # listed since Keras 3.15, also where it has no effect
+        if config.get("class_name") == "__lambda__":
+            dropped |= {"config"}  # its bytecode, with file and line: `_own_code` has the source
         if "Policy" not in str(config.get("class_name")) and isinstance(config.get("config"), dict):
             config = {**config, "config": {k: v for k, v in config["config"].items() if k != "name"}}
         for key in ("input_layers", "output_layers"):  # the only one is [name, 0, 0], in Keras 3.10 [that]
             if len(config.get(key) or "") == 1:
                 config = {**config, key: config[key][0]}
         kept = {k: v for k, v in config.items() if k not in dropped and v is not None and v is not False}
-        return {key: _config(value, names) for key, value in kept.items()}
+        # A layer is referred to by its "name" and in lists. The text of another key is a setting, also when a layer has
+        # that name: activation="softmax".
+        refers = {key: key == "name" or not isinstance(value, str) for key, value in kept.items()}
+        return {key: _config(value, names if refers[key] else {}) for key, value in kept.items()}
     if isinstance(config, (list, tuple)):
         return [_config(value, names) for value in config]
     return names.get(config, config) if isinstance(config, str) else config
@@ -500,7 +508,10 @@ def _set_weights(first, second):
 
 def _state_beside_config(optimizer):
     """What an optimizer holds and a second one made from its configuration does not, as [attribute, value]."""
-    twin = type(optimizer).from_config(optimizer.get_config())
+    config = optimizer.get_config()
+    if isinstance(config.get("learning_rate"), dict):  # a schedule, perhaps one of yours, which Keras could not find
+        config["learning_rate"] = optimizer._learning_rate
+    twin = type(optimizer).from_config(config)
     held, usual = ({name: _json(value) for name, value in _described(o).items()} for o in (optimizer, twin))
     return sorted([name, value] for name, value in held.items() if value != usual.get(name))
 
@@ -525,46 +536,87 @@ def _described(thing):
         return [thing.args, thing.keywords]
     if isinstance(thing, keras.optimizers.Optimizer):
         return {name: value for name, value in vars(thing).items() if name != "name"}
+    if isinstance(thing, (Mapping, SimpleNamespace)):
+        return dict(thing) if isinstance(thing, Mapping) else vars(thing)
+    code = callable(thing) or isinstance(thing, types.ModuleType)
+    if not code and type(thing).__module__.split(".")[0] in sys.stdlib_module_names:
+        return text if " at 0x" not in (text := repr(thing)) else None  # a range, a path, a date
     return None
 
 
+def _package(thing):
+    """The name of the package that a function, class or module comes from."""
+    if isinstance(thing, types.FunctionType):  # not __module__, which a decorator copies to its wrapper
+        return thing.__globals__.get("__name__", "").split(".")[0]
+    return (thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__ or "").split(".")[0]
+
+
+def _is_own(thing):
+    """Whether it is a function, class or module of yours: of no library, neither Python's nor an installed one."""
+    if not isinstance(thing, (types.FunctionType, types.ModuleType, type)):
+        return False
+    package = _package(thing)
+    module = sys.modules.get(package)
+    folders = getattr(module, "__path__", None) or [getattr(module, "__file__", None) or ""]
+    installed = any({"site-packages", "dist-packages"} & {*pathlib.Path(folder).parts} for folder in folders)
+    return not installed and package not in {"builtins", "clr_utils", "experiments", *sys.stdlib_module_names}
+
+
 def _own_code(things, seen):
-    """The source of your own functions and classes among things and their parts, and the values that it refers to.
+    """The source of your own functions, classes and modules among things and their parts, and the values that it refers
+    to.
 
     seen: by their ids; kept alive, or others could have these.
     """
-
-    def library(thing):
-        return (thing.__module__ or "").split(".")[0]
-
     for thing in things:
-        thing = inspect.unwrap(thing) if callable(thing) else thing  # what a decorator has wrapped
-        if id(thing) in seen or isinstance(thing, (keras.Variable, keras.KerasTensor, types.ModuleType)):
+        # What a library's decorator has wrapped; a wrapper of your own holds it among its nonlocals.
+        thing = inspect.unwrap(thing, stop=_is_own) if callable(thing) else thing
+        if id(thing) in seen or isinstance(thing, (keras.Variable, keras.KerasTensor)):
             continue
         seen[id(thing)], parts = thing, ()
-        if isinstance(thing, (Mapping, list, tuple, set, frozenset)):
-            parts = thing.values() if isinstance(thing, Mapping) else thing
+        if isinstance(thing, (Mapping, SimpleNamespace)):
+            parts = (thing if isinstance(thing, Mapping) else vars(thing)).values()
+        elif isinstance(thing, (list, tuple, set, frozenset)):
+            parts = thing
         elif isinstance(thing, functools.partial):
             parts = thing.func, thing.args, thing.keywords
         elif isinstance(thing, types.MethodType):
             parts = thing.__func__, thing.__self__
         elif isinstance(thing, type):
-            for own in (base for base in thing.__mro__ if library(base) not in LIBRARIES):
-                held = {k: getattr(v, "fget", v) for k, v in vars(own).items() if k[:2] != "__" or callable(v)}
+            for base in filter(_is_own, thing.__mro__):
+                held = {k: getattr(v, "fget", getattr(v, "__func__", v)) for k, v in vars(base).items()}
+                held = {k: v for k, v in held.items() if k[:2] != "__" or callable(v)}
                 parts = *parts, *held.values()
                 yield {name: value for name, value in held.items() if not callable(value)}
-        elif isinstance(thing, types.FunctionType) and library(thing) not in LIBRARIES:
-            held = thing.__globals__.keys() & set(_global_names(thing.__code__))
-            parts = thing.__defaults__, thing.__kwdefaults__, inspect.getclosurevars(thing).nonlocals
-            parts = *parts, {name: thing.__globals__[name] for name in sorted(held)}
-            yield _source(thing)
-            yield from filter(None, parts)
-        elif library(type(thing)) not in LIBRARIES - {"clr_utils", "experiments", "keras"}:
-            held = {name: value for name, value in getattr(thing, "__dict__", {}).items() if name[0] != "_"}
+        elif isinstance(thing, types.ModuleType):
+            if _is_own(thing):  # all of it: module.function() could be any of it
+                parts = filter(_is_own, vars(thing).values())
+                yield _source(thing)
+        elif isinstance(thing, types.FunctionType):
+            if _is_own(thing):
+                held = thing.__globals__.keys() & set(_global_names(thing.__code__))
+                parts = thing.__defaults__, thing.__kwdefaults__, inspect.getclosurevars(thing).nonlocals
+                parts = *parts, {name: thing.__globals__[name] for name in sorted(held)}
+                yield _source(thing)
+                yield from filter(None, parts)
+        elif _is_own(type(thing)) or _package(type(thing)) in ("clr_utils", "experiments", "keras"):
+            held = _attributes(thing)
             parts = type(thing), getattr(thing, "_learning_rate", None), held
-            if library(type(thing)) not in LIBRARIES:
-                yield {name: held[name] for name in held.keys() - vars(keras.layers.Layer(name="any")).keys()}
+            if _is_own(type(thing)):
+                yield held
         yield from _own_code(parts, seen)
+
+
+def _attributes(thing):
+    """What an object holds: public attributes, and those of which the code of your own classes speaks. Of layers only
+    what not every layer has, and no variables: `_set_weights` has these."""
+    methods = [value for base in filter(_is_own, type(thing).__mro__) for value in vars(base).values()]
+    named = {name for method in methods for name in getattr(getattr(method, "__code__", None), "co_names", ())}
+    held = {k: v for k, v in getattr(thing, "__dict__", {}).items() if k[0] != "_" or k in named}
+    if isinstance(thing, keras.layers.Layer) and _is_own(type(thing)):
+        every = vars(keras.layers.Layer(name="any")).keys()
+        held = {k: v for k, v in held.items() if k not in every and not isinstance(v, keras.Variable)}
+    return held
 
 
 def _global_names(code):
@@ -578,12 +630,23 @@ def _global_names(code):
 
 
 def _source(thing):
-    """The code of a function or class without comments and layout; of one that was not kept, its bytecode."""
+    """The code of a function, class or module without comments and layout; of one that was not kept, its bytecode."""
+    code = getattr(thing, "__code__", None)
     try:
-        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(thing))))
-    except (OSError, TypeError, SyntaxError):  # defined in a prompt, or a lambda in the middle of a statement
-        code = getattr(thing, "__code__", None)
-        return [code.co_code.hex(), repr(code.co_consts)] if code else repr(thing)
+        if not code or code.co_name != "<lambda>":
+            thing = code if code and hasattr(thing, "__wrapped__") else thing  # getsource would unwrap it
+            return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(thing))))
+        # The whole statement with the lambda in it: inspect may cut it off in its middle.
+        tree, line = ast.parse("".join(linecache.getlines(code.co_filename, thing.__globals__))), code.co_firstlineno
+        around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= n.end_lineno]
+        return ast.unparse(max(around, key=lambda statement: statement.lineno))
+    except (OSError, TypeError, ValueError, SyntaxError):  # defined in a prompt
+        return _bytecode(code) if code else repr(thing)
+
+
+def _bytecode(code):
+    constants = [_bytecode(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return [code.co_code.hex(), code.co_names, constants]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -703,12 +766,22 @@ def record(experiment, ways, seeds, data, *, wait=True):
             done = [line for line in _lines_of(path) if key.items() <= line.items()]
             if not done:
                 start = time.monotonic()
-                found = json.loads(_json(function(seed, data)))
-                result = {"found": found, "seconds": round(time.monotonic() - start, 2)}
+                result = {"found": _checked_rows(way, function(seed, data))}
+                result["seconds"] = round(time.monotonic() - start, 2)
                 done = [{**key, **result, "hardware": describe_machine(), "backend": keras.backend.backend()}]
                 _append_line(path, done[0])
             lines.append(done[-1])
     return _rows_of(lines)
+
+
+def _checked_rows(way, found):
+    """What a way has found, as JSON holds it: numpy's numbers and arrays become Python's."""
+    listed = isinstance(found, (list, tuple)) and all(isinstance(row, Mapping) for row in found)
+    _require(listed, f"{way!r} returned {type(found).__name__}, {found!r:.80}: a way returns a list of dicts.")
+    try:
+        return json.loads(json.dumps([dict(row) for row in found], default=lambda value: value.tolist()))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{way!r} returned what cannot be written as JSON ({error}).") from None
 
 
 def _code_of_way(function, *data):
@@ -770,15 +843,22 @@ class _Recorded(keras.Model):
         loss = super().compute_loss(*arguments, training=training, **options)
         if training:
             here = ops.equal(ops.arange(self.losses_of_updates.shape[0]), ops.convert_to_tensor(self.update))
-            new, old = ops.stop_gradient(ops.cast(loss, "float32")), ops.convert_to_tensor(self.losses_of_updates)
-            self.losses_of_updates.assign(ops.where(here, new, old))
+            # Without what regularizers add: it says nothing of how well the network classifies.
+            entropy = ops.stop_gradient(ops.cast(loss - sum(self.losses), "float32"))
+            self.losses_of_updates.assign(ops.where(here, entropy, ops.convert_to_tensor(self.losses_of_updates)))
             self.update.assign(self.update + 1)
         return loss
 
-    def train_epoch(self, order, labels, batch_size):
-        """The loss of each update of one epoch, the images in this order."""
+    def train_epoch(self, order, labels, batch_size, seed):
+        """The loss of each update of one epoch, the images in this order. The seed is for torch, whose Dropout draws
+        from a state of its own, also while a model is built."""
         self.update.assign(0)
-        self.fit(**_in_batches(order.astype("int32"), labels[order], batch_size), shuffle=False, verbose=0)
+        callbacks = []
+        if keras.backend.backend() == "torch":
+            draw = sys.modules["torch"].manual_seed
+            callbacks = [keras.callbacks.LambdaCallback(on_train_begin=lambda logs: draw(seed))]
+        batches = _in_batches(order.astype("int32"), labels[order], batch_size)
+        self.fit(**batches, shuffle=False, verbose=0, callbacks=callbacks)
         return clr_utils._value_of(self.losses_of_updates).tolist()
 
 
@@ -800,13 +880,18 @@ def _train(run, seed, data, every_epoch, settled, checkpoint):
     model, optimizer = _built(run, len(images), seed)
     recorded = _Recorded(model, optimizer, images, math.ceil(len(images) / run.batch_size))
     optimizer.build(model.trainable_variables)
+    finish = optimizer.finalize_variable_values  # puts averages (use_ema) in place of weights: once, not at each `fit`
+    optimizer.finalize_variable_values = lambda variables: None
     order, variables = np.random.default_rng(seed), [*model.variables, *optimizer.variables]
     seconds, losses, evaluations = _read_checkpoint(checkpoint, variables, order) or (0.0, [], [])
     for epoch in range(len(losses), run.epochs):
         start = time.monotonic()
-        losses.append(recorded.train_epoch(order.permutation(len(images)), labels, run.batch_size))
+        drawn = order.permutation(len(images))
+        losses.append(recorded.train_epoch(drawn, labels, run.batch_size, seed + 2**32 * epoch))
         seconds += time.monotonic() - start
         last = epoch == run.epochs - 1 or not np.isfinite(losses[-1]).all()
+        if last:
+            finish(model.trainable_variables)
         if every_epoch or last:
             evaluations.append(_evaluated(model, data, run.batch_size, settled))
         if last:
@@ -953,7 +1038,8 @@ def _checked_runs(runs):
     listed = runs and all(isinstance(run, Run) for run in runs)
     _require(listed, f"runs={runs!r}: give a list of Run(name, make_model, make_optimizer), at least one.")
     names = [run.name for run in runs]
-    _require(len({*names}) == len(names), f"runs named {names}: give each a name of its own.")
+    unlike = len({*names}) == len(names) and all(isinstance(name, str) for name in names)
+    _require(unlike, f"runs named {names}: give each a name of its own, a text.")
     checked = []
     for run in runs:
         _require_whole(f"{run.name}: epochs", run.epochs)
@@ -1000,13 +1086,20 @@ def read_results(experiment, runs=None, train_size=None, test_size=10000, part="
 
 
 def read_record(experiment, ways, seeds, train_size, test_size=10000, part="test"):
-    """What `record` has kept of these ways and seeds, on data of these sizes; empty where nothing is there."""
-    folders = sorted({ROOT, _output_folder().resolve()})
+    """What `record` has kept of these ways and seeds, on data of these sizes; empty where nothing is there.
+
+    Raises:
+        ValueError: if the lines are of more than one data set.
+    """
+    seeds, folders = _checked_seeds(seeds), sorted({ROOT, _output_folder().resolve()})
     lines = [line for folder in folders for line in _lines_of(_results_file(folder, experiment))]
-    lines = {(line["way"], line["code"], line["seed"]): line for line in lines}
     codes = {way: _code_of_way(function, train_size, test_size, part) for way, function in ways.items()}
-    wanted = [(way, code, seed) for seed in _checked_seeds(seeds) for way, code in codes.items()]
-    return _rows_of([lines[key] for key in wanted if key in lines])
+    lines = [line for line in lines if line["code"] == codes.get(line["way"]) and line["seed"] in seeds]
+    sets = sorted({f"{line['data']} {line['data_checksum']}" for line in lines})
+    hint = "The ones of another data set belong in an experiment of their own."
+    _require(len(sets) <= 1, f"{experiment!r} holds lines of {' and '.join(sets)}. {hint}")
+    last = {(line["way"], line["seed"]): line for line in lines}
+    return _rows_of([last[way, seed] for seed in seeds for way in ways if (way, seed) in last])
 
 
 def _results_file(folder, experiment):
@@ -1083,6 +1176,7 @@ def compare(results, pairs):
         where all differences are equal, there is no telling.
     """
     by_run, rows = _by_run(results), []
+    _require(len(pairs), f"pairs={pairs!r}: give at least one pair of names, as in [('1cycle', 'SGD')].")
     for pair in pairs:
         hint = "give a list of pairs of names, as in [('1cycle', 'SGD')]."
         _require(not isinstance(pair, str) and len(pair) == 2, f"pairs={pairs!r}: {hint}")
@@ -1116,6 +1210,8 @@ def _by_run(results):
     for run, lines in by_run.items():
         different = lines["code"].nunique() > 1
         _require(not different, f"{run!r} has lines of different code: choose with `read_results(..., runs=...)`.")
+        sets = lines["data_checksum"].nunique() > 1 if "data_checksum" in lines else False
+        _require(not sets, f"{run!r} has lines of different data: choose by the column data_checksum.")
         for seed in lines["seed"][lines["seed"].duplicated()]:
             raise ValueError(f"{run!r} has two lines with seed {seed}: choose a profile or code first.")
     return by_run

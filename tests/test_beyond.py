@@ -129,6 +129,27 @@ def found_by(factor, seed, data):
     return [{"row": "a", "value": np.float64(factor * seed)}, {"row": "b", "value": len(data.train[0])}]
 
 
+def test_arrays_are_recorded_whole_and_what_is_no_list_of_dicts_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path))
+    ways = {"way": lambda seed, data: [{"values": np.arange(3) + seed, "mean": np.float32(0.5)}]}
+    (row,) = experiments.record("here", ways, (1,), data).to_dict("records")
+    assert (row["values"], row["mean"]) == ([1, 2, 3], 0.5)
+    for found, message in (({"a": 1}, "a list of dicts"), ([{"a": object()}], "cannot be written")):
+        with pytest.raises(ValueError, match=message):
+            experiments.record("here", {"way": lambda seed, data, found=found: found}, (2,), data)
+
+
+def test_records_of_two_data_sets_of_one_size_are_not_mixed(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path))
+    ways = {"way": lambda seed, data: [{"value": 1}]}
+    other = data._replace(train=(255 - data.train[0], data.train[1]))
+    for seed, of in enumerate((data, other)):
+        experiments.record("here", ways, (seed,), of)
+    assert len(experiments.read_record("here", ways, (0,), 200, 40)) == 1
+    with pytest.raises(ValueError, match="an experiment of their own"):
+        experiments.read_record("here", ways, (0, 1), 200, 40)
+
+
 def test_what_is_recorded_is_not_repeated_and_is_read_again(data, tmp_path, monkeypatch):
     monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path))
     found_by.calls = 0

@@ -1,5 +1,6 @@
 """run_experiment and its results file, and what is made of the lines: summaries, comparisons, tables."""
 
+import importlib
 import json
 import linecache
 import math
@@ -47,8 +48,8 @@ def train(*runs, seeds=(0,), data=DATA, **options):
 
 
 def records(results):
-    """The rows of a DataFrame as dicts."""
-    return results.to_dict("records")
+    """The rows of a DataFrame as dicts. A column in which some are None holds NaN."""
+    return results.astype(object).where(results.notna(), None).to_dict("records")
 
 
 def read(*arguments):
@@ -275,6 +276,34 @@ def with_layer(kind):
     return keras.Sequential([keras.Input((4,)), kind(), keras.layers.Dense(2, "softmax")])
 
 
+def joined(skip):
+    inputs = keras.Input((4,))
+    first = inputs + keras.layers.Dense(4)(inputs)
+    second = first + keras.layers.Dense(4)(first)
+    outputs = (first if skip else second) + keras.layers.Dense(4)(second)
+    return keras.Model(inputs, keras.layers.Dense(2, "softmax")(outputs))
+
+
+class Times(keras.layers.Layer):
+    def __init__(self, factor):
+        super().__init__()
+        self._factor = factor
+
+    def call(self, x):
+        return x * self._factor
+
+
+class Steady(keras.optimizers.schedules.LearningRateSchedule):
+    def __init__(self, rate):
+        self._rate = rate
+
+    def __call__(self, step):
+        return self._rate
+
+    def get_config(self):
+        return {}
+
+
 @pytest.mark.parametrize(
     "one, other",
     [
@@ -290,12 +319,39 @@ def with_layer(kind):
         (dict(make_model=lambda: with_bias([1.0, 2.0])), dict(make_model=lambda: with_bias([2.0, 1.0]))),
         (dict(make_model=lambda: with_layer(Halved)), dict(make_model=lambda: with_layer(Thirds))),
         (dict(precision="float32"), dict(precision="bfloat16")),
+        (dict(make_model=lambda: joined(True)), dict(make_model=lambda: joined(False))),
+        (
+            dict(make_model=lambda: with_layer(lambda: keras.layers.Activation("relu", name="relu"))),
+            dict(make_model=lambda: with_layer(lambda: keras.layers.Activation("tanh", name="tanh"))),
+        ),
+        (
+            dict(make_model=lambda: with_layer(lambda: keras.layers.Softmax())),
+            dict(make_model=lambda: with_layer(lambda: keras.layers.Softmax(axis=0))),
+        ),
+        (dict(make_model=lambda: with_layer(lambda: Times(2))), dict(make_model=lambda: with_layer(lambda: Times(3)))),
+        (
+            dict(make_optimizer=lambda updates: keras.optimizers.SGD(Steady(0.1))),
+            dict(make_optimizer=lambda updates: keras.optimizers.SGD(Steady(0.2))),
+        ),
     ],
-    ids=["excluded from weight decay", "iterations", "closure", "weights", "own class", "precision"],
+    ids=[
+        *("excluded from weight decay", "iterations", "closure", "weights", "own class", "precision", "x + y"),
+        *("layers named like activations", "an activation named like a layer", "attribute of a layer"),
+        "attribute of a schedule",
+    ],
 )
 def test_what_no_configuration_shows_is_in_the_code(one, other):
     codes = [experiments.code_of(ROW._replace(**change), 64, 32) for change in (one, one, other)]
     assert codes[0] == codes[1] != codes[2]
+
+
+def test_where_a_lambda_stands_is_not_in_the_code():
+    text = "def way():\n    return keras.layers.Lambda(lambda x: x / 3, output_shape=(4,))"
+    makers = [
+        written_in({"keras": keras, "__name__": name}, lines + text) for name, lines in (("a", ""), ("b", "\n\n"))
+    ]
+    one, other = (experiments.code_of(ROW._replace(make_model=lambda m=m: with_layer(m)), 64, 32) for m in makers)
+    assert one == other
 
 
 def test_a_seed_that_keras_draws_for_a_layer_is_not_in_the_code():
@@ -352,6 +408,21 @@ def test_data_that_cannot_be_trained_on_are_refused(results_file, data, message)
     with pytest.raises((TypeError, ValueError), match=message):
         train(data=data)
     assert not results_file.exists()
+
+
+def test_a_model_that_is_not_built_is_refused(results_file):
+    with pytest.raises(ValueError, match="begin with keras.Input"):
+        train(ROW._replace(make_model=lambda: keras.Sequential([keras.layers.Dense(2, "softmax")])))
+
+
+def test_lines_of_two_data_sets_of_one_size_are_not_averaged():
+    flipped = DATA._replace(train=(X[:64], 1 - Y[:64]))
+    train(seeds=(0,))
+    train(seeds=(1,), data=flipped)
+    both = experiments.read_results("t", [ROW], 64, 32)
+    assert len(both) == 2
+    with pytest.raises(ValueError, match="lines of different data"):
+        experiments.summarise(both)
 
 
 def test_recorded_runs_are_asked_for_with_the_size_of_their_data():
@@ -462,6 +533,26 @@ def test_a_run_that_another_process_is_training_is_left_out_or_waited_for(result
 
 
 # ---- divergence
+
+
+def test_what_a_regularizer_adds_is_not_in_the_curve():
+    def heavy(penalty):
+        layer = keras.layers.Dense(2, "softmax", kernel_regularizer=keras.regularizers.L2(penalty))
+        return keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 255), layer])
+
+    still = ROW._replace(make_optimizer=lambda updates: sgd(updates, 0.0))
+    (plain,), (line,) = (train(still._replace(make_model=lambda p=penalty: heavy(p))) for penalty in (0.0, 10.0))
+    np.testing.assert_allclose(line["curve"]["loss"], plain["curve"]["loss"], atol=2e-4)
+
+
+def test_averaged_weights_are_put_in_place_at_the_end_and_not_after_each_epoch():
+    def averaged(updates):
+        return keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9)
+
+    line, plain = (
+        train(LONG._replace(make_optimizer=make))[0] for make in (averaged, lambda u: keras.optimizers.SGD(0.5))
+    )
+    assert line["curve"]["loss"] == plain["curve"]["loss"] and line["test_loss"] != plain["test_loss"]
 
 
 def test_a_run_whose_loss_is_not_finite_is_recorded_stopped_and_counted():
@@ -660,7 +751,7 @@ def test_the_comparisons_of_a_family_are_corrected_together():
 )
 def test_compare_does_not_judge_what_has_no_spread_or_fewer_than_three_pairs(others, n):
     (row,) = records(experiments.compare(frame(*A, *others), [("a", "b")]))
-    assert row["n"] == n and row["verdict"] == "not judged" and math.isnan(row["p_holm"])
+    assert row["n"] == n and row["verdict"] == "not judged" and row["p_holm"] is None
 
 
 @pytest.mark.parametrize(
@@ -704,7 +795,7 @@ def test_a_model_is_trained_on_the_images_in_the_order_given_to_the_last_one():
     recorded = experiments._Recorded(model, sgd(3, 0.0), X, 3)  # at learning rate 0 the weights stay
     mixed = np.random.default_rng(0).permutation(len(X))
     for order in (mixed, mixed[::-1]):
-        found = recorded.train_epoch(order, Y, 40)
+        found = recorded.train_epoch(order, Y, 40, seed=0)
         p = keras.ops.convert_to_numpy(model(X[order].astype("float32")))[np.arange(len(X)), Y[order]]
         expected = [-np.log(p[start : start + 40]).mean() for start in (0, 40, 80)]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -760,6 +851,72 @@ def test_code_of_a_way_follows_all_that_it_calls_and_nothing_else():
     changes = {"x + 1": "x + 2", "x * SCALE": "SCALE * x", "factor = 2": "factor = 4", "seed))": "seed + 1))"}
     codes = {code(), code(SCALE=4), *(code(WAY.replace(*change)) for change in changes.items())}
     assert len(codes) == 2 + len(changes)
+
+
+PARTS = {
+    "a class method": "class Own:\n    @classmethod\n    def make(cls):\n        return 1\nway = lambda: Own.make()\n",
+    "a range": "rows = range(1)\ndef way():\n    return list(rows)\n",
+    "a path": "from pathlib import PurePosixPath\npath = PurePosixPath('1')\nway = lambda: open(path)\n",
+    "a namespace": "from types import SimpleNamespace\nheld = SimpleNamespace(x=1)\nway = lambda: held.x\n",
+    "a read-only dict": "from types import MappingProxyType as D\nheld = D({'x': 1})\nway = lambda: held['x']\n",
+    "a decorator": """
+import functools
+def more(function):
+    @functools.wraps(function)
+    def wrapper():
+        return function() + 1
+    return wrapper
+@more
+def way():
+    return 2
+""",
+    "what a library's decorator has wrapped": "import functools\n@functools.cache\ndef way():\n    return 1\n",
+    "a lambda over two lines": "both = dict(\n    way=lambda: 2\n    + 1,\n    other=0)\nway = both['way']\n",
+    "a private attribute": """
+class Held:
+    def __init__(self, x):
+        self._x = x
+    def get(self):
+        return self._x
+held = Held(1)
+way = lambda: held.get()
+""",
+}
+
+
+@pytest.mark.parametrize("text", PARTS.values(), ids=PARTS.keys())
+def test_code_of_a_way_has_all_that_decides(text):
+    texts = text, text, text.replace("1", "7")
+    ways = [written_in({"__name__": f"cell {n}"}, text) for n, text in enumerate(texts)]
+    codes = [experiments._code_of_way(way, 200, 40, "test") for way in ways]
+    assert codes[0] == codes[1] != codes[2]
+
+
+def test_code_of_a_way_has_the_modules_of_yours_that_it_calls(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    codes = []
+    for n in (1, 1, 2):
+        for name, text in (
+            ("of_mine", "import below\n\n\ndef f():\n    return below.g()\n"),
+            ("below", f"g = lambda: {n}\n"),
+        ):
+            (tmp_path / f"{name}.py").write_text(text)
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        way = written_in({"__name__": "cell"}, "import of_mine\n\ndef way():\n    return of_mine.f()\n")
+        codes.append(experiments._code_of_way(way, 200, 40, "test"))
+    assert codes[0] == codes[1] != codes[2]
+
+
+def test_code_of_a_way_whose_source_was_not_kept_is_the_same_at_each_call():
+    texts = (
+        "lambda: [x + 1 for x in range(3)]",
+        "lambda: [x + 1 for x in range(3)]",
+        "lambda: [x + 2 for x in range(3)]",
+    )
+    codes = [experiments._code_of_way(eval(text), 200, 40, "test") for text in texts]
+    assert codes[0] == codes[1] != codes[2]
 
 
 # ---- the recorded results

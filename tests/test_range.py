@@ -1,5 +1,6 @@
 """Tests of lr_range_test: what it records, what it stops on, what it suggests, and that it leaves no trace."""
 
+import dataclasses
 import math
 import random
 
@@ -782,7 +783,14 @@ def test_bounds_come_from_the_last_rate_at_which_the_loss_is_still_low():
 def test_a_loss_that_never_breaks_gives_suggestions_but_no_bounds():
     result = made_up(np.r_[np.full(15, 50.0), np.linspace(49, 30, 35)])
     assert result.suggest().valley is not None and "no bounds" in result.summary()
-    with pytest.raises(ValueError, match=r"raise lr_bounds\[1\]"):
+    with pytest.raises(ValueError, match=r"Raise lr_bounds\[1\]"):
+        result.bounds()
+
+
+def test_data_that_end_early_are_not_told_to_go_to_a_higher_rate():
+    result = dataclasses.replace(made_up(np.r_[np.full(15, 50.0), np.linspace(49, 30, 35)]), num_steps=100)
+    assert "more data" in result.suggest().why and "Raise" not in result.suggest().why
+    with pytest.raises(ValueError, match="Give more data"):
         result.bounds()
 
 
