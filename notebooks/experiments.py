@@ -415,7 +415,7 @@ def code_of(run, train_size, test_size, part="test"):
 
     The same under every backend and version of Keras: made from the configurations without names and default values.
     What no configuration shows is added where there is any: state that the optimizer was given after it was made
-    (`exclude_from_weight_decay`), weights that were set, the source of functions and classes of your own with the
+    (`exclude_from_weight_decay`), weights that were set, the source of functions, classes and modules of yours with the
     values that they refer to. Seeds that Keras draws for layers belong to the seed of the run, not to its code.
 
     Raises:
