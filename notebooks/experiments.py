@@ -419,7 +419,7 @@ def code_of(run, train_size, test_size, part="test"):
     values that they refer to. Seeds that Keras draws for layers belong to the seed of the run, not to its code.
 
     Raises:
-        ValueError: if make_model or make_optimizer hands out the same object twice.
+        ValueError: if make_model or make_optimizer hands out the same object twice, or the model is not built.
     """
     return _code_and_model(run, train_size, test_size, part)[0]
 
