@@ -484,8 +484,7 @@ def _config(config, names):
         kept = {k: v for k, v in config.items() if k not in dropped and v is not None and v is not False}
         # A layer is referred to by its "name" and in lists. The text of another key is a setting, also when a layer has
         # that name: activation="softmax".
-        refers = {key: key == "name" or not isinstance(value, str) for key, value in kept.items()}
-        return {key: _config(value, names if refers[key] else {}) for key, value in kept.items()}
+        return {k: _config(v, names if k == "name" or not isinstance(v, str) else {}) for k, v in kept.items()}
     if isinstance(config, (list, tuple)):
         return [_config(value, names) for value in config]
     return names.get(config, config) if isinstance(config, str) else config
@@ -775,13 +774,21 @@ def record(experiment, ways, seeds, data, *, wait=True):
 
 
 def _checked_rows(way, found):
-    """What a way has found, as JSON holds it: numpy's numbers and arrays become Python's."""
+    """What a way has found, as a list of dicts of what JSON holds."""
     listed = isinstance(found, (list, tuple)) and all(isinstance(row, Mapping) for row in found)
     _require(listed, f"{way!r} returned {type(found).__name__}, {found!r:.80}: a way returns a list of dicts.")
+    return _as_json(f"what {way!r} returned", found)
+
+
+def _as_json(name, value, **options):
+    """The value as JSON gives it back: numpy's numbers and arrays have become Python's."""
+    def described(thing):
+        return dict(thing) if isinstance(thing, Mapping) else thing.tolist()
+
     try:
-        return json.loads(json.dumps([dict(row) for row in found], default=lambda value: value.tolist()))
+        return json.loads(json.dumps(value, default=described, **options))
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{way!r} returned what cannot be written as JSON ({error}).") from None
+        raise ValueError(f"{name} cannot be written as JSON ({error}).") from None
 
 
 def _code_of_way(function, *data):
@@ -1045,11 +1052,9 @@ def _checked_runs(runs):
         _require_whole(f"{run.name}: epochs", run.epochs)
         _require_whole(f"{run.name}: batch_size", run.batch_size)
         _require(run.precision in PRECISIONS, f"{run.name}: precision={run.precision!r}, give one of {[*PRECISIONS]}.")
-        try:  # numpy's numbers and arrays become Python's
-            notes = json.dumps(dict(run.notes), default=lambda value: value.tolist(), allow_nan=False)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{run.name}: notes={run.notes!r} cannot be written as JSON ({error}).") from None
-        checked.append(run._replace(notes=json.loads(notes)))
+        _require(isinstance(run.notes, Mapping), f"{run.name}: notes={run.notes!r}: give a dict.")
+        notes = _as_json(f"{run.name}: notes={run.notes!r}", run.notes, allow_nan=False)
+        checked.append(run._replace(notes=notes))
     return checked
 
 
@@ -1176,7 +1181,8 @@ def compare(results, pairs):
         where all differences are equal, there is no telling.
     """
     by_run, rows = _by_run(results), []
-    _require(len(pairs), f"pairs={pairs!r}: give at least one pair of names, as in [('1cycle', 'SGD')].")
+    pairs = list(pairs)
+    _require(pairs, f"pairs={pairs!r}: give at least one pair of names, as in [('1cycle', 'SGD')].")
     for pair in pairs:
         hint = "give a list of pairs of names, as in [('1cycle', 'SGD')]."
         _require(not isinstance(pair, str) and len(pair) == 2, f"pairs={pairs!r}: {hint}")

@@ -661,6 +661,8 @@ def test_recorded_lines_beside_the_module_are_read_but_not_taken_for_this_run(re
         ([ROW], 5, "for example range"),
         ([ROW._replace(precision="float16")], (0,), "precision='float16'"),
         ([ROW._replace(notes={"model": network})], (0,), "cannot be written as JSON"),
+        ([ROW._replace(notes=["peak"])], (0,), "give a dict"),
+        ([ROW._replace(name=("row", 1))], (0,), "a name of its own"),
         ([ROW._replace(make_model=lambda: network(sigmoid=True))], (0,), "no sigmoid"),
         ([ROW], (0, 0), "different whole numbers"),
         ([ROW], (-1,), "whole numbers from 0"),
@@ -760,6 +762,7 @@ def test_compare_does_not_judge_what_has_no_spread_or_fewer_than_three_pairs(oth
         ([("a", "c")], "'c' is not among"),
         ([("a", "b")], "no seed in common"),
         (("a", "b"), "give a list of pairs"),
+        ([], "at least one pair"),
     ],
 )
 def test_compare_refuses_what_cannot_be_compared(pairs, message):
