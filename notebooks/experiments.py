@@ -1216,8 +1216,8 @@ def _by_run(results):
     for run, lines in by_run.items():
         different = lines["code"].nunique() > 1
         _require(not different, f"{run!r} has lines of different code: choose with `read_results(..., runs=...)`.")
-        sets = lines["data_checksum"].nunique() > 1 if "data_checksum" in lines else False
-        _require(not sets, f"{run!r} has lines of different data: choose by the column data_checksum.")
+        different = lines["data_checksum"].nunique() > 1
+        _require(not different, f"{run!r} has lines of different data: choose by the column data_checksum.")
         for seed in lines["seed"][lines["seed"].duplicated()]:
             raise ValueError(f"{run!r} has two lines with seed {seed}: choose a profile or code first.")
     return by_run

@@ -246,7 +246,7 @@ def test_a_range_test_that_suggests_nothing_is_drawn_without():
 def row_of(run, seed, accuracy, *, momentum=(0.9, 0.8), data="mnist", last=0.5, diverged_at=None):
     curve = {"update": [0, 10], "loss": [2.0 + seed, last], "learning_rate": [0.1, 0.2], "momentum": momentum}
     row = {"run": run, "seed": seed, "data": data, "test_accuracy": accuracy, "diverged_at": diverged_at}
-    return row | {"code": "c0de", "curve": curve}
+    return row | {"code": "c0de", "data_checksum": "0", "curve": curve}
 
 
 def results_of(*rows):
