@@ -381,7 +381,7 @@ def describe_machine():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     said = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))  # "2,1" is valid too: by level of nesting
     threads = int(said[0]) if said else cores
-    cpu = f"{cores} CPU cores" if threads >= cores else f"{threads} of {cores} CPU cores"
+    cpu = f"{cores} CPU core{'s' * (cores > 1)}" if threads >= cores else f"{threads} of {cores} CPU cores"
     device = f"{len(names)} x {names[0]}" if names else f"{cpu} ({platform.machine()})"
     version = __import__(backend).__version__
     return f"Python {platform.python_version()}, Keras {keras.__version__} on {backend} {version}, {device}"
