@@ -338,7 +338,7 @@ class CLR(keras.optimizers.Optimizer):
             if keras.backend.backend() == "tensorflow":
                 from tensorflow import init_scope as outside_of_tracing
             with outside_of_tracing():
-                self._restore(self._loaded)
+                _assign(self.variables, self._loaded)
             self._loaded = None
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
@@ -372,10 +372,10 @@ class CLR(keras.optimizers.Optimizer):
             warnings.warn(f"Nothing in the file for optimizer '{self.name}': weights {why}", stacklevel=2)
         elif all(v.shape == () and v == 0 for v in saved):  # saved before its first update, maybe unbuilt: as new
             self._loaded = None
-            self._restore([np.zeros(v.shape) for v in self.variables])
+            _assign(self.variables, [np.zeros(v.shape) for v in self.variables])
         elif self.built:
             self._check_fits(saved, [tuple(v.shape) for v in self.variables])
-            self._restore(saved)
+            _assign(self.variables, saved)
         else:
             self._check_fits(saved)
             self._loaded = saved
@@ -403,10 +403,6 @@ class CLR(keras.optimizers.Optimizer):
             "trainable variables. Or take the weights alone: compile, optimizer.build(model.trainable_variables), "
             "then load_weights(path, skip_mismatch=True). The cycle then starts anew."
         )
-
-    def _restore(self, values):
-        for variable, value in zip(self.variables, values):
-            variable.assign(value)
 
     def get_config(self):
         config = {**super().get_config(), **self._learning_rate.get_config()}
@@ -537,10 +533,8 @@ def settle_batch_norm(model, x, batch_size=128):
     try:
         for layer in layers:
             layer.momentum = 0.0  # the running statistics are now those of the last batch
-        for variable in statistics:
-            variable.assign(np.zeros(variable.shape))  # momentum 0 times an overflow would be NaN
-        on_jax = keras.backend.backend() == "jax"
-        forward = _compiled_forward(model) if on_jax else functools.partial(model, training=True)
+        _assign(statistics, [np.zeros(v.shape) for v in statistics])  # momentum 0 times an overflow would be NaN
+        forward = _compiled_forward(model)
         for k in range(len(x) // batch_size):
             forward(x[k * batch_size : (k + 1) * batch_size].astype(keras.config.floatx()))
             means = [mean + (_value_of(v) - mean) / (k + 1) for mean, v in zip(means, statistics)]
@@ -548,22 +542,28 @@ def settle_batch_norm(model, x, batch_size=128):
     finally:
         for layer, momentum in layers.items():
             layer.momentum = momentum
-        for variable, value in kept:
-            variable.assign(value)
+        _assign(*zip(*kept))
 
 
 def _compiled_forward(model):
-    """On JAX, which is slow without compilation: a function that runs a model in training mode on a batch."""
-    import jax
-
-    compiled, variables = jax.jit(functools.partial(model.stateless_call, training=True)), model.non_trainable_variables
+    """A function that runs a model in training mode on a batch, compiled but on torch."""
+    backend = keras.backend.backend()
+    if backend != "jax":
+        call = functools.partial(model, training=True)
+        return call if backend == "torch" or model.run_eagerly else sys.modules[backend].function(call, autograph=False)
+    compiled = sys.modules["jax"].jit(functools.partial(model.stateless_call, training=True))
+    variables = model.non_trainable_variables
 
     def forward(x):
         _, new = compiled([v.value for v in model.trainable_variables], [v.value for v in variables], x)
-        for variable, value in zip(variables, new):
-            variable.assign(value)
+        _assign(variables, new)
 
     return forward
+
+
+def _assign(variables, values):
+    for variable, value in zip(variables, values):
+        variable.assign(value)
 
 
 def _value_of(variable):
@@ -869,8 +869,7 @@ def _compiled_for_a_while(model, optimizer):
         object.__setattr__(model, "__dict__", attributes)
         for metric in metrics:  # some make their variables at the first batch
             metric.reset_state()
-        for variable, value in zip(variables, values):
-            variable.assign(value)
+        _assign(variables, values)
 
 
 @contextlib.contextmanager

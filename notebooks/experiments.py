@@ -421,44 +421,60 @@ def code_of(run, train_size, test_size, part="test"):
     Raises:
         ValueError: if make_model or make_optimizer hands out the same object twice, or the model is not built.
     """
-    return _code_and_model(run, train_size, test_size, part)[0]
+    return _codes_and_models([run], train_size, test_size, part)[0][0]
 
 
-def _code_and_model(run, train_size, test_size, part):
-    """`code_of`, and one of the models that were built for it."""
+def _codes_and_models(runs, train_size, test_size, part):
+    """For each run its `code_of`, and one of the models that were built for it. Runs that share a make_model share
+    these too, since to build them is what takes time."""
+    built, found = {}, []
     with clr_utils._random_states_kept():
-        models, optimizers = zip(*(_built(run, train_size, seed) for seed in (0, 1)))
-    for name, (first, second) in (("make_model", models), ("make_optimizer", optimizers)):
-        shared = first is second or {id(v) for v in first.variables} & {id(v) for v in second.variables}
-        _require(
-            not shared,  # otherwise a second seed would go on training what the first has trained
-            f"{run.name}: {name} returns the same {name[5:]} at each call, or one that shares its weights. Every seed "
-            "needs one of its own: make it inside the function, as in lambda: network().",
-        )
-    hint = "is not built: begin with keras.Input, as a Sequential or a functional model."
-    _require(getattr(models[0], "outputs", None), f"{run.name}: the model {hint}")
-    what = [
-        PROCEDURE,
-        _but_for_seeds(*map(_model_config, models)),
-        _config(keras.saving.serialize_keras_object(optimizers[0]), {}),
-        [run.epochs, run.batch_size, train_size, test_size, part],
-    ]
-    own = _own_code([*models[0]._flatten_layers(), optimizers[0]], {})
-    hidden = [_set_weights(*models), _state_beside_config(optimizers[0]), list(own)]
-    if any(hidden):
-        what.append(hidden)
-    return hashlib.sha256(_json(what).encode()).hexdigest()[:12], models[0]
+        for run in runs:
+            key = id(run.make_model), run.precision
+            if key not in built:
+                models = [_in_precision(run, seed, run.make_model) for seed in (0, 1)]
+                _require_new(run, "make_model", models)
+                hint = "is not built: begin with keras.Input, as a Sequential or a functional model."
+                _require(getattr(models[0], "outputs", None), f"{run.name}: the model {hint}")
+                built[key] = models[0], _but_for_seeds(*map(_model_config, models)), _set_weights(*models)
+            model, description, weights = built[key]
+            updates = run.epochs * math.ceil(train_size / run.batch_size)
+            optimizers = [_in_precision(run, seed, run.make_optimizer, updates) for seed in (0, 1)]
+            _require_new(run, "make_optimizer", optimizers)
+            what = [
+                PROCEDURE,
+                description,
+                _config(keras.saving.serialize_keras_object(optimizers[0]), {}),
+                [run.epochs, run.batch_size, train_size, test_size, part],
+            ]
+            own = _own_code([*model._flatten_layers(), optimizers[0]], {})
+            hidden = [weights, _state_beside_config(optimizers[0]), list(own)]
+            if any(hidden):
+                what.append(hidden)
+            found.append((hashlib.sha256(_json(what).encode()).hexdigest()[:12], model))
+    return found
 
 
-def _built(run, train_size, seed):
-    """The model and the optimizer of a run for a seed, in its precision."""
+def _in_precision(run, seed, make, *arguments):
+    """What the run's function makes for a seed, in the run's precision."""
     keras.utils.set_random_seed(seed)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(PRECISIONS[run.precision])
     try:
-        return run.make_model(), run.make_optimizer(run.epochs * math.ceil(train_size / run.batch_size))
+        return make(*arguments)
     finally:
         keras.config.set_dtype_policy(before)
+
+
+def _require_new(run, name, made):
+    """That two calls of one of the run's functions have nothing in common."""
+    first, second = made
+    shared = first is second or {id(v) for v in first.variables} & {id(v) for v in second.variables}
+    _require(
+        not shared,  # otherwise a second seed would go on training what the first has trained
+        f"{run.name}: {name} returns the same {name[5:]} at each call, or one that shares its weights. Every seed "
+        "needs one of its own: make it inside the function, as in lambda: network().",
+    )
 
 
 def _model_config(model):
@@ -705,8 +721,8 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
     data, runs, seeds = _checked_data(data), _checked_runs(runs), _checked_seeds(seeds)
     path, keys = _results_file(_output_folder(), experiment), {}
     of_all = {"experiment": experiment, "profile": profile(), "data": data.source, "data_checksum": data.checksum}
-    for run in runs:
-        code, model = _code_and_model(run, len(data.train[0]), len(data.test[0]), data.part)
+    found = _codes_and_models(runs, len(data.train[0]), len(data.test[0]), data.part)
+    for run, (code, model) in zip(runs, found):
         _check_model(run, model, data, settled)
         keys |= {(run.name, seed): {**of_all, "run": run.name, "code": code, "seed": seed} for seed in seeds}
     asked = {name for name, wanted in (("every_epoch", every_epoch), ("settled_accuracy", settled)) if wanted}
@@ -782,6 +798,7 @@ def _checked_rows(way, found):
 
 def _as_json(name, value, **options):
     """The value as JSON gives it back: numpy's numbers and arrays have become Python's."""
+
     def described(thing):
         return dict(thing) if isinstance(thing, Mapping) else thing.tolist()
 
@@ -884,7 +901,9 @@ def _in_batches(x, y, batch_size):
 def _train(run, seed, data, every_epoch, settled, checkpoint):
     """One training, as the items of its line that are results."""
     images, labels = data.train
-    model, optimizer = _built(run, len(images), seed)
+    updates = run.epochs * math.ceil(len(images) / run.batch_size)
+    optimizer = _in_precision(run, seed, run.make_optimizer, updates)
+    model = _in_precision(run, seed, run.make_model)  # last: its random numbers go on where building it has left them
     recorded = _Recorded(model, optimizer, images, math.ceil(len(images) / run.batch_size))
     optimizer.build(model.trainable_variables)
     finish = optimizer.finalize_variable_values  # puts averages (use_ema) in place of weights: once, not at each `fit`
@@ -932,11 +951,9 @@ def _evaluated(model, data, batch_size, settled):
 
 
 def _loss_and_accuracy(model, images, labels, block=100):
-    """Mean cross-entropy and accuracy. In small blocks, because a model called eagerly keeps all its activations until
-    it is done. Not by `evaluate`, whose function would have to be traced for each run: JAX alone is worse without."""
+    """Mean cross-entropy and accuracy, in blocks that need less memory than a batch in training."""
     labels, starts = labels.reshape(-1), range(0, len(labels), block)
-    call = model.predict_on_batch if keras.backend.backend() == "jax" else functools.partial(model, training=False)
-    outputs = [ops.convert_to_numpy(call(images[i : i + block].astype("float32"))) for i in starts]
+    outputs = [model.predict_on_batch(images[i : i + block].astype("float32")) for i in starts]
     probabilities = np.concatenate(outputs).astype(float)
     chosen = probabilities[np.arange(len(labels)), labels]
     return -np.log(np.clip(chosen, 1e-7, None)).mean(), (probabilities.argmax(axis=1) == labels).mean()
@@ -1083,7 +1100,9 @@ def read_results(experiment, runs=None, train_size=None, test_size=10000, part="
     if runs is not None:
         hint = "say on how many images, train_size=60000 for example."
         _require(train_size is not None, f"read_results({experiment!r}, runs): {hint}")
-        wanted = [(run.name, code_of(run, train_size, test_size, part)) for run in _checked_runs(runs)]
+        runs = _checked_runs(runs)
+        codes = [code for code, _ in _codes_and_models(runs, train_size, test_size, part)]
+        wanted = list(zip([run.name for run in runs], codes))
         lines = [line for line in lines if (line["run"], line["code"]) in wanted]
         lines.sort(key=lambda line: wanted.index((line["run"], line["code"])))
     last = {tuple(line.get(key) for key in ("run", "profile", "seed", "data_checksum", "code")): line for line in lines}

@@ -236,6 +236,29 @@ def test_code_does_not_depend_on_names_or_how_often_a_model_was_built():
     assert codes[0] == codes[1] != codes[2]
 
 
+def test_runs_that_share_a_network_build_it_once_and_have_the_codes_that_each_has_alone(results_file):
+    built = []
+
+    def counted():
+        built.append(keras.config.dtype_policy().name)
+        return network()
+
+    def drawn(updates):
+        return keras.optimizers.SGD(random.random())
+
+    makes = {"sgd": sgd, "drawn": drawn, "drawn again": drawn}
+    runs = [Run(name, counted, make, batch_size=16) for name, make in makes.items()]
+    runs.append(runs[0]._replace(name="bfloat16", precision="bfloat16"))
+    alone = [experiments.code_of(run, 64, 32) for run in runs]
+    assert len(set(alone)) == 3 and alone[1] == alone[2]
+    for order in (runs, runs[::-1]):
+        built.clear()
+        assert read(order, 64, 32) == []
+        assert sorted(built) == ["float32"] * 2 + ["mixed_bfloat16"] * 2
+    assert [line["code"] for line in train(*runs)] == alone
+    assert [line["code"] for line in read(runs, 64, 32)] == alone
+
+
 def excluded(updates, names):
     optimizer = keras.optimizers.AdamW(0.01)
     optimizer.exclude_from_weight_decay(var_names=names)
