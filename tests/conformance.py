@@ -12,6 +12,7 @@ CLR, and everything else must give the numbers of the loop.
 import argparse
 import contextlib
 import copy
+import importlib.util
 import json
 import os
 import pathlib
@@ -698,8 +699,7 @@ def on_every_backend():
 
 def on_backend(backend):
     """The checks in a process of their own, or None where the backend is not installed."""
-    installed = subprocess.run([sys.executable, "-c", f"import {backend}"], capture_output=True)
-    if installed.returncode:
+    if importlib.util.find_spec(backend) is None:
         return None
     environment = {**os.environ, "KERAS_BACKEND": backend}
     environment.pop("XLA_FLAGS", None)

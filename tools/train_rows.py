@@ -136,9 +136,8 @@ class Trainer:
 
         sizes = len(data.train[0]), len(data.test[0]), data.part
         work, start = run.epochs * sizes[0], time.monotonic()
-        before = len(read_results(experiment, [run], *sizes))
         speed = self.speeds.get(run.batch_size, min(self.speeds.values(), default=math.inf))
-        if not before and start + work / speed > self.end:
+        if start + work / speed > self.end and not len(read_results(experiment, [run], *sizes)):
             raise OutOfTime(f"No time for {experiment}: {run.name}, seed {seed}")
         found = run_experiment(experiment, [run], [seed], data, wait=False, **options)
         seconds = time.monotonic() - start
