@@ -535,9 +535,10 @@ def settle_batch_norm(model, x, batch_size=128):
             layer.momentum = 0.0  # the running statistics are now those of the last batch
         _assign(statistics, [np.zeros(v.shape) for v in statistics])  # momentum 0 times an overflow would be NaN
         forward = _compiled_forward(model)
-        for k in range(len(x) // batch_size):
-            forward(x[k * batch_size : (k + 1) * batch_size].astype(keras.config.floatx()))
-            means = [mean + (_value_of(v) - mean) / (k + 1) for mean, v in zip(means, statistics)]
+        with _random_states_kept():
+            for k in range(len(x) // batch_size):
+                forward(x[k * batch_size : (k + 1) * batch_size].astype(keras.config.floatx()))
+                means = [mean + (_value_of(v) - mean) / (k + 1) for mean, v in zip(means, statistics)]
         kept += zip(statistics, means)  # assigned last
     finally:
         for layer, momentum in layers.items():
@@ -546,17 +547,17 @@ def settle_batch_norm(model, x, batch_size=128):
 
 
 def _compiled_forward(model):
-    """A function that runs a model in training mode on a batch, compiled but on torch."""
-    backend = keras.backend.backend()
-    if backend != "jax":
-        call = functools.partial(model, training=True)
-        return call if backend == "torch" or model.run_eagerly else sys.modules[backend].function(call, autograph=False)
+    """A function that runs a model in training mode on a batch, compiled where that is faster."""
+    call, backend = functools.partial(model, training=True), keras.backend.backend()
+    if backend == "tensorflow" and not model.run_eagerly:
+        return sys.modules[backend].function(call, autograph=False)
+    if backend != "jax" or model.run_eagerly:
+        return call
     compiled = sys.modules["jax"].jit(functools.partial(model.stateless_call, training=True))
-    variables = model.non_trainable_variables
 
     def forward(x):
-        _, new = compiled([v.value for v in model.trainable_variables], [v.value for v in variables], x)
-        _assign(variables, new)
+        values = [[v.value for v in kind] for kind in (model.trainable_variables, model.non_trainable_variables)]
+        _assign(model.non_trainable_variables, compiled(*values, x)[1])
 
     return forward
 

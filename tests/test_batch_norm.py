@@ -65,6 +65,40 @@ def test_everything_else_stays_and_an_error_does_too():
     assert norm.momentum == 0.7
 
 
+class Noise(keras.layers.Layer):
+    def call(self, x):
+        return x + keras.random.normal(keras.ops.shape(x))
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX refuses to compile draws without a seed")
+def test_random_numbers_drawn_afterwards_are_the_same():
+    model = keras.Sequential([keras.Input((4,)), Noise(), keras.layers.BatchNormalization()])
+
+    def drawn():
+        return [value(keras.random.normal((2,))).tolist(), np.random.normal()]
+
+    keras.utils.set_random_seed(0)
+    expected = drawn()
+    keras.utils.set_random_seed(0)
+    settle_batch_norm(model, X, 10)
+    assert drawn() == expected
+
+
+def test_a_model_that_runs_eagerly_is_not_compiled():
+    class OfNumpy(keras.layers.Layer):
+        def call(self, x):
+            return keras.ops.convert_to_tensor(2 * keras.ops.convert_to_numpy(x))
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    norm = keras.layers.BatchNormalization()
+    model = keras.Sequential([keras.Input((4,)), OfNumpy(), norm])
+    model.compile("sgd", "mse", run_eagerly=True)
+    settle_batch_norm(model, X, 10)
+    np.testing.assert_allclose(value(norm.moving_mean), 2 * X.mean(axis=0), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "layers, x, message",
     [([keras.layers.Dense(2)], X, "nothing to settle"), ([keras.layers.BatchNormalization()], X[:8], "less than one")],
