@@ -517,7 +517,7 @@ def settle_batch_norm(model, x, batch_size=128):
     the batches of x. Nothing else changes. Source: Izmailov and others 2018, arXiv:1803.05407, section 3.2.
 
     Args:
-        model: a built keras.Model. Of a BatchNorm layer that it calls several times in a pass, the last call counts.
+        model: a built keras.Model, run eagerly if it has run_eagerly. Of a BatchNorm called twice the last call counts.
         x: training inputs, an array (samples, ...), taken in their order; some thousand samples will do.
         batch_size: samples of a batch, as in the training; what is left at the end is not used.
 
@@ -534,7 +534,7 @@ def settle_batch_norm(model, x, batch_size=128):
         for layer in layers:
             layer.momentum = 0.0  # the running statistics are now those of the last batch
         _assign(statistics, [np.zeros(v.shape) for v in statistics])  # momentum 0 times an overflow would be NaN
-        forward = _compiled_forward(model)
+        forward = _forward_in_training(model)
         with _random_states_kept():
             for k in range(len(x) // batch_size):
                 forward(x[k * batch_size : (k + 1) * batch_size].astype(keras.config.floatx()))
@@ -546,7 +546,7 @@ def settle_batch_norm(model, x, batch_size=128):
         _assign(*zip(*kept))
 
 
-def _compiled_forward(model):
+def _forward_in_training(model):
     """A function that runs a model in training mode on a batch, compiled where that is faster."""
     call, backend = functools.partial(model, training=True), keras.backend.backend()
     if backend == "tensorflow" and not model.run_eagerly:

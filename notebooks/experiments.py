@@ -425,21 +425,21 @@ def code_of(run, train_size, test_size, part="test"):
 
 
 def _codes_and_models(runs, train_size, test_size, part):
-    """For each run its `code_of`, and one of the models that were built for it. Runs that share a make_model share
-    these too, since to build them is what takes time."""
+    """For each run its `code_of`, and one of the models that were built for it. Runs with the same make_model and
+    precision share the models, since to build them is what takes time."""
     built, found = {}, []
     with clr_utils._random_states_kept():
         for run in runs:
             key = id(run.make_model), run.precision
             if key not in built:
-                models = [_in_precision(run, seed, run.make_model) for seed in (0, 1)]
+                models = [_made(run, "make_model", seed) for seed in (0, 1)]
                 _require_new(run, "make_model", models)
                 hint = "is not built: begin with keras.Input, as a Sequential or a functional model."
                 _require(getattr(models[0], "outputs", None), f"{run.name}: the model {hint}")
                 built[key] = models[0], _but_for_seeds(*map(_model_config, models)), _set_weights(*models)
             model, description, weights = built[key]
             updates = run.epochs * math.ceil(train_size / run.batch_size)
-            optimizers = [_in_precision(run, seed, run.make_optimizer, updates) for seed in (0, 1)]
+            optimizers = [_made(run, "make_optimizer", seed, updates) for seed in (0, 1)]
             _require_new(run, "make_optimizer", optimizers)
             what = [
                 PROCEDURE,
@@ -455,13 +455,13 @@ def _codes_and_models(runs, train_size, test_size, part):
     return found
 
 
-def _in_precision(run, seed, make, *arguments):
-    """What the run's function makes for a seed, in the run's precision."""
+def _made(run, name, seed, *arguments):
+    """What the run's function of that name makes from a seed, in the run's precision."""
     keras.utils.set_random_seed(seed)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(PRECISIONS[run.precision])
     try:
-        return make(*arguments)
+        return getattr(run, name)(*arguments)
     finally:
         keras.config.set_dtype_policy(before)
 
@@ -669,7 +669,7 @@ def _bytecode(code):
 # ---------------------------------------------------------------------------------------------------------
 
 CURVE_POINTS = 100  # of a run's curve in its line: a hundred runs stay well below a megabyte
-SETTLING_BATCHES = 200  # from which BatchNorm's statistics are estimated anew for the second evaluation
+SETTLING_BATCHES = 200  # at most, for the second evaluation: no part of a run's code, so raise PROCEDURE with a change
 
 
 class Run(NamedTuple):
@@ -698,7 +698,7 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
         data: a Dataset, labels whole numbers. Accuracy and loss are measured on its test part after the last epoch.
         every_epoch: measure them after each epoch.
         settled: measure them a second time, with BatchNorm's statistics estimated anew from the first 200 batches of
-            the training images (`settle_batch_norm`). The training goes on with its own.
+            the training images, or all (`settle_batch_norm`). The training goes on with its own.
         wait: for runs that another process is training at the moment; with False they are left out.
 
     Returns:
@@ -721,8 +721,7 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
     data, runs, seeds = _checked_data(data), _checked_runs(runs), _checked_seeds(seeds)
     path, keys = _results_file(_output_folder(), experiment), {}
     of_all = {"experiment": experiment, "profile": profile(), "data": data.source, "data_checksum": data.checksum}
-    found = _codes_and_models(runs, len(data.train[0]), len(data.test[0]), data.part)
-    for run, (code, model) in zip(runs, found):
+    for run, (code, model) in zip(runs, _codes_and_models(runs, len(data.train[0]), len(data.test[0]), data.part)):
         _check_model(run, model, data, settled)
         keys |= {(run.name, seed): {**of_all, "run": run.name, "code": code, "seed": seed} for seed in seeds}
     asked = {name for name, wanted in (("every_epoch", every_epoch), ("settled_accuracy", settled)) if wanted}
@@ -902,8 +901,8 @@ def _train(run, seed, data, every_epoch, settled, checkpoint):
     """One training, as the items of its line that are results."""
     images, labels = data.train
     updates = run.epochs * math.ceil(len(images) / run.batch_size)
-    optimizer = _in_precision(run, seed, run.make_optimizer, updates)
-    model = _in_precision(run, seed, run.make_model)  # last: its random numbers go on where building it has left them
+    optimizer = _made(run, "make_optimizer", seed, updates)
+    model = _made(run, "make_model", seed)  # last: its random numbers go on where building it has left them
     recorded = _Recorded(model, optimizer, images, math.ceil(len(images) / run.batch_size))
     optimizer.build(model.trainable_variables)
     finish = optimizer.finalize_variable_values  # puts averages (use_ema) in place of weights: once, not at each `fit`
@@ -942,16 +941,16 @@ def _evaluated(model, data, batch_size, settled):
     """Test loss and accuracy with the running statistics of BatchNorm and, where asked for, with settled ones."""
     result = dict(zip(("test_loss", "test_accuracy"), _loss_and_accuracy(model, *data.test)))
     if settled:
-        before = [(v, clr_utils._value_of(v)) for v in model.non_trainable_variables]
+        variables = model.non_trainable_variables
+        before = [clr_utils._value_of(v) for v in variables]
         clr_utils.settle_batch_norm(model, data.train[0][: SETTLING_BATCHES * batch_size], batch_size)
         result |= zip(("settled_loss", "settled_accuracy"), _loss_and_accuracy(model, *data.test))
-        for variable, value in before:
-            variable.assign(value)
+        clr_utils._assign(variables, before)
     return {name: round(float(value), 6) if math.isfinite(value) else None for name, value in result.items()}
 
 
 def _loss_and_accuracy(model, images, labels, block=100):
-    """Mean cross-entropy and accuracy, in blocks that need less memory than a batch in training."""
+    """Mean cross-entropy and accuracy, in blocks, so that a large test set needs no more memory."""
     labels, starts = labels.reshape(-1), range(0, len(labels), block)
     outputs = [model.predict_on_batch(images[i : i + block].astype("float32")) for i in starts]
     probabilities = np.concatenate(outputs).astype(float)
@@ -1015,8 +1014,7 @@ def _read_checkpoint(path, variables, order):
     """Puts back variables and order, and returns the progress. None where there is no file."""
     if path.exists():
         progress, order.bit_generator.state, values = pickle.loads(path.read_bytes())
-        for variable, value in zip(variables, values):
-            variable.assign(value)
+        clr_utils._assign(variables, values)
         return progress
 
 

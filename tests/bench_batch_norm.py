@@ -28,7 +28,7 @@ def training(layer, precision, batch_size):
     ours, experiments.BatchNormalization = experiments.BatchNormalization, layer
     try:
         run = experiments.Run("", experiments.residual_network, keras.optimizers.SGD, precision=precision)
-        model = experiments._in_precision(run, 0, run.make_model)
+        model = experiments._made(run, "make_model", seed=0)
     finally:
         experiments.BatchNormalization = ours
     model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")

@@ -255,6 +255,8 @@ def test_runs_that_share_a_network_build_it_once_and_have_the_codes_that_each_ha
         built.clear()
         assert read(order, 64, 32) == []
         assert sorted(built) == ["float32"] * 2 + ["mixed_bfloat16"] * 2
+        codes = {run.name: code for run, (code, _) in zip(order, experiments._codes_and_models(order, 64, 32, "test"))}
+        assert [codes[run.name] for run in runs] == alone
     assert [line["code"] for line in train(*runs)] == alone
     assert [line["code"] for line in read(runs, 64, 32)] == alone
 

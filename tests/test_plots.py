@@ -563,7 +563,8 @@ def test_describe_machine_reads_every_omp_num_threads(monkeypatch, given, thread
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     line = experiments.describe_machine()
-    assert f"{threads} of {cores} CPU cores" in line if threads and threads < cores else f" {cores} CPU cores" in line
+    expected = f" {threads} of {cores} CPU cores" if threads and threads < cores else f" {cores} CPU core"
+    assert expected in line
 
 
 def test_describe_machine_is_one_line_with_the_versions():

@@ -164,6 +164,9 @@ def test_no_run_is_started_that_would_not_end_in_time(rows, trained, monkeypatch
     with pytest.raises(train_rows.OutOfTime, match="constant 0.35"):
         rows["plan"](tiny(rows["POST"]), trainer.train)
     assert len(trained) == 2 and now[0] == 80
+    runs = rows["post_rows"](tiny(rows["POST"]))[:1]  # there with seed 0, which says nothing of seed 1
+    with pytest.raises(train_rows.OutOfTime, match="CLR 0.1-3.5, seed 1"):
+        trainer.train("04_post_network", runs, [0, 1], 50000)
 
 
 def test_what_another_process_is_training_is_looked_for_again(rows, trained, monkeypatch):

@@ -137,7 +137,8 @@ class Trainer:
         sizes = len(data.train[0]), len(data.test[0]), data.part
         work, start = run.epochs * sizes[0], time.monotonic()
         speed = self.speeds.get(run.batch_size, min(self.speeds.values(), default=math.inf))
-        if start + work / speed > self.end and not len(read_results(experiment, [run], *sizes)):
+        late = start + work / speed > self.end
+        if late and seed not in set(read_results(experiment, [run], *sizes)["seed"]):
             raise OutOfTime(f"No time for {experiment}: {run.name}, seed {seed}")
         found = run_experiment(experiment, [run], [seed], data, wait=False, **options)
         seconds = time.monotonic() - start
