@@ -549,10 +549,10 @@ def settle_batch_norm(model, x, batch_size=128):
 def _forward_in_training(model):
     """A function that runs a model in training mode on a batch, compiled where that is faster."""
     call, backend = functools.partial(model, training=True), keras.backend.backend()
-    if backend == "tensorflow" and not model.run_eagerly:
-        return sys.modules[backend].function(call, autograph=False)
-    if backend != "jax" or model.run_eagerly:
+    if backend == "torch" or model.run_eagerly:
         return call
+    if backend == "tensorflow":
+        return sys.modules[backend].function(call, autograph=False)
     compiled = sys.modules["jax"].jit(functools.partial(model.stateless_call, training=True))
 
     def forward(x):

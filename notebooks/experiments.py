@@ -432,15 +432,13 @@ def _codes_and_models(runs, train_size, test_size, part):
         for run in runs:
             key = id(run.make_model), run.precision
             if key not in built:
-                models = [_made(run, "make_model", seed) for seed in (0, 1)]
-                _require_new(run, "make_model", models)
+                models = _two_made(run, "make_model")
                 hint = "is not built: begin with keras.Input, as a Sequential or a functional model."
                 _require(getattr(models[0], "outputs", None), f"{run.name}: the model {hint}")
                 built[key] = models[0], _but_for_seeds(*map(_model_config, models)), _set_weights(*models)
             model, description, weights = built[key]
             updates = run.epochs * math.ceil(train_size / run.batch_size)
-            optimizers = [_made(run, "make_optimizer", seed, updates) for seed in (0, 1)]
-            _require_new(run, "make_optimizer", optimizers)
+            optimizers = _two_made(run, "make_optimizer", updates)
             what = [
                 PROCEDURE,
                 description,
@@ -466,15 +464,16 @@ def _made(run, name, seed, *arguments):
         keras.config.set_dtype_policy(before)
 
 
-def _require_new(run, name, made):
-    """That two calls of one of the run's functions have nothing in common."""
-    first, second = made
+def _two_made(run, name, *arguments):
+    """What the run's function of that name makes from two seeds; ValueError where that has something in common."""
+    first, second = (_made(run, name, seed, *arguments) for seed in (0, 1))
     shared = first is second or {id(v) for v in first.variables} & {id(v) for v in second.variables}
     _require(
         not shared,  # otherwise a second seed would go on training what the first has trained
         f"{run.name}: {name} returns the same {name[5:]} at each call, or one that shares its weights. Every seed "
         "needs one of its own: make it inside the function, as in lambda: network().",
     )
+    return first, second
 
 
 def _model_config(model):
@@ -900,10 +899,10 @@ def _in_batches(x, y, batch_size):
 def _train(run, seed, data, every_epoch, settled, checkpoint):
     """One training, as the items of its line that are results."""
     images, labels = data.train
-    updates = run.epochs * math.ceil(len(images) / run.batch_size)
-    optimizer = _made(run, "make_optimizer", seed, updates)
+    updates = math.ceil(len(images) / run.batch_size)  # of an epoch
+    optimizer = _made(run, "make_optimizer", seed, run.epochs * updates)
     model = _made(run, "make_model", seed)  # last: its random numbers go on where building it has left them
-    recorded = _Recorded(model, optimizer, images, math.ceil(len(images) / run.batch_size))
+    recorded = _Recorded(model, optimizer, images, updates)
     optimizer.build(model.trainable_variables)
     finish = optimizer.finalize_variable_values  # puts averages (use_ema) in place of weights: once, not at each `fit`
     optimizer.finalize_variable_values = lambda variables: None
@@ -927,7 +926,7 @@ def _train(run, seed, data, every_epoch, settled, checkpoint):
     return {
         **{"epochs": run.epochs, "batch_size": run.batch_size, "precision": run.precision},
         **{"train_size": len(images), "test_size": len(data.test[0]), "part": data.part},
-        **{"updates": run.epochs * len(losses[0]), **evaluations[-1]},
+        **{"updates": run.epochs * updates, **evaluations[-1]},
         **({"every_epoch": by_epoch} if every_epoch else {}),
         "diverged_at": _diverged_at(loss, math.log(model.output_shape[-1])),
         "curve": _curve(loss, optimizer),

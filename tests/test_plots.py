@@ -563,8 +563,14 @@ def test_describe_machine_reads_every_omp_num_threads(monkeypatch, given, thread
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     line = experiments.describe_machine()
-    expected = f" {threads} of {cores} CPU cores" if threads and threads < cores else f" {cores} CPU core"
-    assert expected in line
+    some = f" {threads} of {cores} CPU cores ("
+    assert (some if threads and threads < cores else f" {cores} CPU core{'s' * (cores > 1)} (") in line
+
+
+def test_describe_machine_of_one_core(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert " 1 CPU core (" in experiments.describe_machine()
 
 
 def test_describe_machine_is_one_line_with_the_versions():
