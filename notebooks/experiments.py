@@ -1250,10 +1250,10 @@ STYLES = {  # a way to train: its colour in seaborn's "colorblind", dashes and m
     "1cycle": (3, "-", "s"),
     "Adam": (4, "-.", "D"),
     "AdamW 1cycle": (1, DASHES[4], "P"),
-    "linear decay": (5, DASHES[5], "v"),
-    "cosine decay": (9, DASHES[6], "X"),
+    "linear decay": (9, DASHES[5], "v"),
+    "cosine decay": (5, DASHES[6], "X"),
     "step decay": (7, DASHES[7], "*"),
-    "cosine restarts": (5, "--", "h"),
+    "cosine restarts": (9, "--", "h"),
     "trapezoid": (2, "-", "p"),
     "AdamW trapezoid": (1, "-", "<"),
     "AdamW": (1, ":", "d"),
@@ -1362,9 +1362,11 @@ def plot_differences(comparisons, *, order="difference", title=None):
             look = {"color": color, "mfc": face, "ms": 8, "capsize": 4, "label": verdict}
             bars = [part["difference"] - part["low"], part["high"] - part["difference"]]
             ax.errorbar(part["difference"], part["y"], xerr=bars, fmt=marker, **look)
-    for row in rows.itertuples():
+    same = rows["n"].nunique() == 1
+    for row in () if same else rows.itertuples():
         ax.text(1.01, row.y, f"n = {row.n}", transform=ax.get_yaxis_transform(), va="center", fontsize=11)
-    ax.set(xlabel="difference in test accuracy (percentage points)")
+    bars = "95% intervals, uncorrected" + f", n = {rows['n'].iloc[0]}" * same
+    ax.set(xlabel=f"difference in test accuracy (percentage points)\n{bars}")
     _label_rows(ax, rows["first"] + "\nminus " + rows["second"])
     return ax
 

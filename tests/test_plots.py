@@ -355,6 +355,9 @@ def test_differences_are_drawn_in_order_with_intervals_and_verdicts():
     assert colour(points["told apart"]) == colour(points["not told apart"]) != colour(points["not judged"])
     assert ax.lines[0].get_xdata() == [0, 0]
     assert legend_of(ax) == ["told apart", "not told apart", "not judged"]
+    assert ax.get_xlabel().endswith("95% intervals, uncorrected")
+    ax = plot_differences(DIFFERENCES.assign(n=5))
+    assert not ax.texts and ax.get_xlabel().endswith("uncorrected, n = 5")
 
 
 def marks(ax):
