@@ -1123,7 +1123,7 @@ def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ti
     _require(values.shape == (updates,), f"Give a value for each of the {updates} updates, not shape {values.shape}.")
     (ax,) = new_axes(title=title, axes=ax)
     n = len(ax.lines)
-    ax.plot(values, label=label, **line_styles(max(4, n + 1))[n] | style)
+    ax.plot(values, label=label, **line_styles(max(4, n + 1))[n])[0].set(**style)  # also c, ls and other short names
     ax.set(xlabel="update", ylabel=quantity)
     return label_ends(ax) if label else ax
 

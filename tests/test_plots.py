@@ -92,7 +92,8 @@ def test_schedule_drawn_is_the_schedule(schedule, quantity, expected):
     assert ends(ax) == {}
 
 
-def test_schedules_on_the_same_axes_differ_in_colour_and_dashes_and_are_labelled_at_their_ends():
+@pytest.mark.parametrize("names", [("color", "linestyle"), ("c", "ls")])
+def test_schedules_on_the_same_axes_differ_in_colour_and_dashes_and_are_labelled_at_their_ends(names):
     ax = None
     for n in range(7):
         ax = plot_schedule(np.full(10, n), 10, label=f"number {n}", ax=ax, title="Seven")
@@ -101,7 +102,7 @@ def test_schedules_on_the_same_axes_differ_in_colour_and_dashes_and_are_labelled
     assert len({str(line._unscaled_dash_pattern) for line in ax.lines}) == 7
     assert list(ends(ax)) == [f"number {n}" for n in range(7)]  # each once, though every call labels
     assert ax.figure.get_suptitle() == "Seven"
-    (line,) = plot_schedule(TRIANGLE, 10, color="red", linestyle=":").lines
+    (line,) = plot_schedule(TRIANGLE, 10, **dict(zip(names, ("red", ":")))).lines
     assert (line.get_color(), line.get_linestyle()) == ("red", ":")
 
 
