@@ -35,7 +35,7 @@ WRONG_ANSWERS = {
         "answer = len(mnist.train[0]) // 32  # the updates in batches of 32",
         "answer = 10",
         "answer = 100 * 0.98 * 0.02 / 10000  # without the square root",
-        "def lenet_steps(rate, updates):\n    return keras.optimizers.SGD(rate, momentum=0.9)",
+        "def lenet_linear(rate, updates):\n    return keras.optimizers.SGD(rate, momentum=0.9)",
         "my_schedule = clr_utils.one_cycle",
     ],
     "04_cifar_super_convergence": [

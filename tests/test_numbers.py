@@ -33,8 +33,9 @@ ARITHMETIC = {
         "grows 17 times": "0.3333 / 0.02",
     },
     "03_mnist_comparison": {
-        "again at 75%": "100 * 3 / 4",
+        "hundredth at 75%": "100 * 3 / 4",
         "by 12.7.": "t(2)",
+        "weights by 2.5%": "100 * 0.004 * 0.00655 * 0.5 * 1875",  # the rate of 1cycle is half its peak in the mean
         "That is 0.14 points": "100 * (0.98 * 0.02 / 10000) ** 0.5",
     },
     "04_cifar_super_convergence": {
