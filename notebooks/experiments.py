@@ -1362,10 +1362,12 @@ def plot_differences(comparisons, *, order="difference", title=None):
             look = {"color": color, "mfc": face, "ms": 8, "capsize": 4, "label": verdict}
             bars = [part["difference"] - part["low"], part["high"] - part["difference"]]
             ax.errorbar(part["difference"], part["y"], xerr=bars, fmt=marker, **look)
-    same = rows["n"].nunique() == 1
-    for row in () if same else rows.itertuples():
-        ax.text(1.01, row.y, f"n = {row.n}", transform=ax.get_yaxis_transform(), va="center", fontsize=11)
-    bars = "95% intervals, uncorrected" + f", n = {rows['n'].iloc[0]}" * same
+    bars = "95% intervals, uncorrected"
+    if rows["n"].nunique() == 1:
+        bars += f", n = {rows['n'].iloc[0]}"
+    else:
+        for row in rows.itertuples():
+            ax.text(1.01, row.y, f"n = {row.n}", transform=ax.get_yaxis_transform(), va="center", fontsize=11)
     ax.set(xlabel=f"difference in test accuracy (percentage points)\n{bars}")
     _label_rows(ax, rows["first"] + "\nminus " + rows["second"])
     return ax
