@@ -618,8 +618,7 @@ def lr_range_test(
         stop_factor: it ends when the smoothed loss has lost stop_factor - 1 quarters of its descent in a rise beyond
             noise (math.inf: never), or a loss is not finite.
         smoothing: as in `smooth`.
-        momentum: overrides the optimizer's, in [0, 1). By default CLR uses momentum_bounds[1], constant: the momentum
-            it will have at the high learning rate, which is what the test is to find. Others keep their own.
+        momentum: overrides the optimizer's, in [0, 1). By default CLR has momentum_bounds[1], as it will at its peak.
         sample_weight, class_weight: as for `fit`.
         validation_data: as for `fit`, but no generator. Its loss is taken up to 20 times; each costs an evaluation.
         seed: of the order in which arrays and the batches of a PyDataset are read.
@@ -637,6 +636,7 @@ def lr_range_test(
         batches = _batches(x, y, sample_weight, int(batch_size), np.random.default_rng(seed))
         first = next(batches, None)
         _build(model, first)
+        _require(not (class_weight and keras.tree.is_nested(first[1])), "With several outputs, give sample_weight.")
         batches = itertools.islice(itertools.chain([first], batches), num_steps)
         with _compiled_for_a_while(model, optimizer):
             return _sweep(model, batches, schedule, class_weight, (validation_data, batch_size), asked)
