@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 
 def _require(condition, complaint):
@@ -618,7 +618,7 @@ def lr_range_test(
         stop_factor: it ends when the smoothed loss has lost stop_factor - 1 quarters of its descent in a rise beyond
             noise (math.inf: never), or a loss is not finite.
         smoothing: as in `smooth`.
-        momentum: overrides the optimizer's, in [0, 1). By default CLR has momentum_bounds[1], as it will at its peak.
+        momentum: constant, in [0, 1). By default momentum_bounds[1] for CLR, as at its peak; others keep their own.
         sample_weight, class_weight: as for `fit`.
         validation_data: as for `fit`, but no generator. Its loss is taken up to 20 times; each costs an evaluation.
         seed: of the order in which arrays and the batches of a PyDataset are read.
@@ -636,7 +636,7 @@ def lr_range_test(
         batches = _batches(x, y, sample_weight, int(batch_size), np.random.default_rng(seed))
         first = next(batches, None)
         _build(model, first)
-        _require(not (class_weight and keras.tree.is_nested(first[1])), "With several outputs, give sample_weight.")
+        _require(not (class_weight and tree.is_nested(first[1])), "class_weight is for one output: give sample_weight.")
         batches = itertools.islice(itertools.chain([first], batches), num_steps)
         with _compiled_for_a_while(model, optimizer):
             return _sweep(model, batches, schedule, class_weight, (validation_data, batch_size), asked)
@@ -846,7 +846,7 @@ def _sweep_optimizer(optimizer, schedule, momentum):
             _require(hasattr(optimizer, "momentum"), f"{momentum=}: {kind.__name__} has none; leave it out.")
             twin.momentum = float(momentum)
     for name, value in vars(optimizer).items():
-        if not any(isinstance(v, keras.Variable) for v in keras.tree.flatten(value)):
+        if not any(isinstance(v, keras.Variable) for v in tree.flatten(value)):
             vars(twin).setdefault(name, value)
     return twin
 
@@ -858,7 +858,7 @@ def _compiled_for_a_while(model, optimizer):
     # The arguments as they were given: the public get_compile_config serialises them, which not every loss survives.
     given = {**model._compile_config.config, "optimizer": optimizer, "steps_per_execution": 1, "auto_scale_loss": False}
     given |= {"jit_compile": model.jit_compile, "run_eagerly": model.run_eagerly}
-    metrics = keras.tree.flatten([given["metrics"], given["weighted_metrics"]])  # maybe not in model.metrics yet
+    metrics = tree.flatten([given["metrics"], given["weighted_metrics"]])  # maybe not in model.metrics yet
     metrics = [metric for metric in metrics if isinstance(metric, keras.metrics.Metric)]
     variables = [*model.variables, *(v for metric in [*model.metrics, *metrics] for v in metric.variables)]
     values = [_value_of(v) for v in variables]
@@ -943,8 +943,8 @@ def _batches_of_arrays(arrays, batch_size, rng):
         a = ops.convert_to_numpy(a) if ops.is_tensor(a) else a
         return a if a is None or a.dtype.kind != "f" else a.astype(keras.config.floatx(), copy=False)
 
-    arrays = keras.tree.map_structure(as_array, arrays)
-    shapes = [a.shape for a in keras.tree.flatten(arrays) if a is not None]
+    arrays = tree.map_structure(as_array, arrays)
+    shapes = [a.shape for a in tree.flatten(arrays) if a is not None]
     if () in shapes or len({shape[0] for shape in shapes}) != 1:
         raise ValueError(f"The shapes of x, y, sample_weight are {shapes}: the first axis must count the same samples.")
     size = shapes[0][0]
@@ -952,13 +952,13 @@ def _batches_of_arrays(arrays, batch_size, rng):
         order = rng.permutation(size)
         for start in range(0, max(size - batch_size, 0) + 1, batch_size):
             chosen = order[start : start + batch_size]
-            yield keras.tree.map_structure(lambda a, chosen=chosen: None if a is None else a[chosen], arrays)
+            yield tree.map_structure(lambda a, chosen=chosen: None if a is None else a[chosen], arrays)
 
 
 def _as_batch(batch):
     """(x, y, sample_weight) with numpy arrays or tensors of the backend, None for what is missing."""
-    batch = keras.utils.unpack_x_y_sample_weight(keras.tree.lists_to_tuples(batch))
-    return keras.tree.map_structure(lambda a: a if a is None or ops.is_tensor(a) else np.asarray(a), batch)
+    batch = keras.utils.unpack_x_y_sample_weight(tree.lists_to_tuples(batch))
+    return tree.map_structure(lambda a: a if a is None or ops.is_tensor(a) else np.asarray(a), batch)
 
 
 def _build(model, batch):
@@ -968,7 +968,7 @@ def _build(model, batch):
         raise ValueError("The loss of the model needs labels: give x and y (and sample_weight=), or batches (x, y).")
     if not (model.built and all(layer.built for layer in model.layers)):
         dtype_of = keras.backend.standardize_dtype
-        model(keras.tree.map_structure(lambda a: keras.KerasTensor(tuple(a.shape), dtype_of(a.dtype)), batch[0]))
+        model(tree.map_structure(lambda a: keras.KerasTensor(tuple(a.shape), dtype_of(a.dtype)), batch[0]))
     _require(model.trainable_variables, f"model {model.name!r} has no trainable variables: nothing would change.")
 
 

@@ -851,7 +851,7 @@ def test_still_falling_at_the_end_is_said():
         (dict(x=iter([]), y=None, sample_weight=Y), "leave out y and sample_weight"),
         (dict(x=(X, Y, Y), y=None), "needs labels"),
         (dict(sample_weight=X[:, 0], class_weight={0: 2.0}), "cannot be specified at the same time"),
-        (dict(y=[Y, Y], class_weight={0: 2.0}), "With several outputs, give sample_weight"),
+        (dict(y=[Y, Y], class_weight={0: 2.0}), "class_weight is for one output"),
         (dict(x=5, y=None), "give arrays"),
         (dict(validation_data=iter([])), "read once"),
     ],
