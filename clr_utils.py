@@ -90,8 +90,7 @@ def cosine_restarts(iteration, bounds, steps, factor=1):
     Args:
         factor: each fall is this many times as long as the one before; an int of at least 1.
     """
-    whole = isinstance(factor, int) and factor >= 1
-    _require(whole, f"{factor=}: give the growth of the falls as an int of at least 1.")
+    _require(isinstance(factor, int) and factor >= 1, f"{factor=}: give the growth as an int of at least 1.")
     xp, iteration = _numbers_of(iteration)
     first = 2 * steps
     if factor == 1:
@@ -283,7 +282,7 @@ class CLR(keras.optimizers.Optimizer):
             rate, so it cycles along.
 
     Raises:
-        ValueError, TypeError: for other arguments, for a saved state that does not fit, and for setting the rate.
+        ValueError, TypeError: for other arguments, a saved state of other number or shapes, and setting the rate.
     """
 
     def __init__(
@@ -322,7 +321,7 @@ class CLR(keras.optimizers.Optimizer):
 
     def momentum_at(self, iteration):
         """The momentum of an update: a number for an int, an array for an integer array."""
-        height = self._learning_rate.height_at(iteration)
+        height = (self._learning_rate if len({*self.momentum_bounds}) > 1 else CyclicalLR()).height_at(iteration)
         return _between(ops if ops.is_tensor(height) else np, self.momentum_bounds, height)
 
     def build(self, variables):
@@ -525,19 +524,20 @@ def settle_batch_norm(model, x, batch_size=128):
         ValueError: if no BatchNormalization layer of the model is trainable, or x is less than one batch.
     """
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
-    layers = {layer: layer.momentum for layer in layers if layer.trainable}
-    _require(layers, f"model {model.name!r} has no trainable BatchNormalization layer: there is nothing to settle.")
+    layers = {layer: layer.momentum for layer in layers if layer.trainable and layer.built}
+    _require(layers, f"model {model.name!r} has no trainable BatchNormalization that is built: nothing to settle.")
     _require(len(x) >= batch_size, f"x holds {len(x)} samples, less than one batch of {batch_size}: give more of them.")
     statistics = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
-    means, kept = [0.0] * len(statistics), [(v, _value_of(v)) for v in model.non_trainable_variables]
+    means, kept = [0.0] * len(statistics), [(v, _value_of(v)) for v in model.variables]
     try:
         for layer in layers:
-            layer.momentum = 0.0  # the running statistics are now those of the last batch
-        _assign(statistics, [np.zeros(v.shape) for v in statistics])  # momentum 0 times an overflow would be NaN
+            layer.momentum = 0.0  # the running statistics are now those of the last batch; 0 times inf would be NaN
+        _assign(statistics, [np.nan_to_num(_value_of(v).astype(float), posinf=0, neginf=0) for v in statistics])
         forward = _forward_in_training(model)
         with _random_states_kept():
             for k in range(len(x) // batch_size):
-                forward(x[k * batch_size : (k + 1) * batch_size].astype(keras.config.floatx()))
+                batch = x[k * batch_size : (k + 1) * batch_size]
+                forward(batch.astype(keras.config.floatx()) if batch.dtype.kind == "f" else batch)  # as `fit` does
                 means = [mean + (_value_of(v) - mean) / (k + 1) for mean, v in zip(means, statistics)]
         kept += zip(statistics, means)  # assigned last
     finally:
@@ -549,7 +549,7 @@ def settle_batch_norm(model, x, batch_size=128):
 def _forward_in_training(model):
     """A function that runs a model in training mode on a batch, compiled where that is faster."""
     call, backend = functools.partial(model, training=True), keras.backend.backend()
-    if backend == "torch" or model.run_eagerly:
+    if backend == "torch" or model.run_eagerly or backend == "jax" and not model._call_has_training_arg:
         return call
     if backend == "tensorflow":
         return sys.modules[backend].function(call, autograph=False)
@@ -657,7 +657,7 @@ def _sweep(model, batches, schedule, class_weight, validation, asked):
             stopped, diverged_at = f"The loss was {logs['loss']} at {when}.", rate if step else None
             break
         lr.append(rate)
-        loss.append(logs["loss"])
+        loss.append(float(logs["loss"]))
         accuracy.append(next((v for k, v in logs.items() if k == "acc" or k.endswith("accuracy")), math.nan))
         mean = smoothing * mean + (1 - smoothing) * loss[-1]  # as `smooth` does
         smoothed.append(mean / (1 - smoothing ** (step + 1)))
@@ -680,7 +680,7 @@ def _validation_loss(model, data, batch_size):
     if isinstance(data, (tuple, list)):
         given = dict(zip(("x", "y", "sample_weight"), data), batch_size=batch_size)
     with _random_states_kept():  # torch draws from its own, even to read in order
-        return model.evaluate(**given, verbose=0, return_dict=True)["loss"]
+        return float(model.evaluate(**given, verbose=0, return_dict=True)["loss"])
 
 
 def _stop_above(loss, smoothed, num_steps, stop_factor, smoothing, **_):
@@ -846,8 +846,8 @@ def _sweep_optimizer(optimizer, schedule, momentum):
             _require(hasattr(optimizer, "momentum"), f"{momentum=}: {kind.__name__} has none; leave it out.")
             twin.momentum = float(momentum)
     for name, value in vars(optimizer).items():
-        if not any(isinstance(v, keras.Variable) for v in tree.flatten(value)):
-            vars(twin).setdefault(name, value)
+        if name not in vars(twin) and not any(isinstance(v, keras.Variable) for v in tree.flatten(value)):
+            setattr(twin, name, value)  # which copies lists and dicts: its `build` may add to them
     return twin
 
 

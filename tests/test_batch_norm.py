@@ -65,6 +65,70 @@ def test_everything_else_stays_and_an_error_does_too():
     assert norm.momentum == 0.7
 
 
+class Frozen(keras.Model):
+    """The usual way to keep the statistics of a part that is trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+        self.norm = keras.layers.BatchNormalization()
+
+    def call(self, x, training=False):
+        return self.norm(self.base(x, training=False), training=training)
+
+
+def test_layers_that_run_as_in_inference_keep_their_statistics():
+    model = Frozen()
+    model(X)
+    (base,) = model.base.layers
+    base.moving_mean.assign(np.full(4, 3.0))
+    base.moving_variance.assign(np.full(4, 5.0))
+    settle_batch_norm(model, X, 10)
+    assert value(base.moving_mean).tolist() == [3.0] * 4 and value(base.moving_variance).tolist() == [5.0] * 4
+    expected = ((X - 3) / np.sqrt(5 + base.epsilon)).mean(axis=0)
+    np.testing.assert_allclose(value(model.norm.moving_mean), expected, rtol=1e-4, atol=1e-5)
+
+
+class Plain(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.norm = keras.layers.BatchNormalization()
+
+    def call(self, x):
+        return self.norm(x)
+
+
+def test_a_model_whose_call_takes_no_training_is_settled():
+    model = Plain()
+    model(X)
+    settle_batch_norm(model, X, 10)
+    np.testing.assert_allclose(value(model.norm.moving_mean), X.mean(axis=0), rtol=1e-5)
+
+
+def test_whole_numbers_stay_whole():
+    first = 2**24  # from here on float32 knows even numbers only
+
+    class Last(keras.layers.Layer):
+        def call(self, x):
+            return keras.ops.cast(x % 2, "float32")
+
+        def compute_output_spec(self, x):
+            return keras.KerasTensor(x.shape, "float32")
+
+    norm = keras.layers.BatchNormalization()
+    model = keras.Sequential([keras.Input((1,), dtype="int32"), Last(), norm])
+    settle_batch_norm(model, np.arange(first + 1, first + 41, 2, dtype="int32")[:, None], 10)
+    np.testing.assert_allclose(value(norm.moving_mean), 1.0, rtol=1e-6)
+
+
+def test_weights_that_change_in_a_forward_pass_stay():
+    dense = keras.layers.SpectralNormalization(keras.layers.Dense(4))
+    model = keras.Sequential([keras.Input((4,)), dense, keras.layers.BatchNormalization()])
+    before = model.get_weights()[0]
+    settle_batch_norm(model, X, 10)
+    np.testing.assert_array_equal(model.get_weights()[0], before)
+
+
 class Noise(keras.layers.Layer):
     def call(self, x):
         return x + keras.random.normal(keras.ops.shape(x))
@@ -109,3 +173,5 @@ def test_a_model_that_runs_eagerly_is_not_compiled():
 def test_what_cannot_be_settled_is_refused(layers, x, message):
     with pytest.raises(ValueError, match=message):
         settle_batch_norm(keras.Sequential([keras.Input((4,)), *layers]), x, 16)
+    with pytest.raises(ValueError, match="is built: nothing to settle"):
+        settle_batch_norm(keras.Sequential([keras.layers.BatchNormalization()]), X, 16)

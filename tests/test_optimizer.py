@@ -178,6 +178,17 @@ def test_one_number_as_momentum_bounds_is_a_constant_momentum():
     np.testing.assert_array_equal(walk(clr), walk(new_clr(momentum_bounds=(0.9, 0.9))))
 
 
+def test_a_constant_momentum_asks_no_step_function():
+    def geometric(iteration, bounds, steps):
+        low, high = bounds
+        return low * (high / low) ** clr_utils.triangular(iteration, (0.0, 1.0), steps)
+
+    for momentum in (0.0, 0.9):
+        clr = new_clr(momentum_bounds=momentum, step_function=geometric)
+        np.testing.assert_array_equal(clr.momentum_at(np.arange(50)), np.full(50, momentum))
+        assert np.isfinite(walk(clr)).all()
+
+
 def test_the_call_of_the_blog_post():
     clr = CLR([0.0005, 0.002], momentum_bounds=[0.95, 0.8], steps=40)
     assert clr.learning_rate_at(0) == clr.learning_rate_at(80) == 0.0005

@@ -214,6 +214,38 @@ def test_training_after_it_gives_the_same_bits(optimizer, state, monkeypatch):
     assert_same(life(optimizer, state, lambda model, history: None), life(optimizer, state, tested))
 
 
+class Heavy(keras.optimizers.Optimizer):
+    """Keeps its velocities in a list of its own."""
+
+    def __init__(self, learning_rate=0.05, **options):
+        super().__init__(learning_rate=learning_rate, **options)
+        self.slots = []
+
+    def build(self, variables):
+        if not self.built:
+            super().build(variables)
+            for variable in variables:
+                self.slots.append(self.add_variable_from_reference(variable, "slot"))
+
+    def update_step(self, gradient, variable, learning_rate):
+        slot = self.slots[self._get_variable_index(variable)]
+        self.assign(slot, ops.add(ops.multiply(0.9, slot), gradient))
+        self.assign_sub(variable, ops.multiply(ops.cast(learning_rate, variable.dtype), slot))
+
+
+def test_the_lists_of_an_optimizer_stay_its_own():
+    def trained(test):
+        set_seeds(1)
+        model = compiled(Heavy())
+        if test:
+            lr_range_test(model, X, Y, **QUICK)
+        model.fit(X, Y, batch_size=16, verbose=0)
+        assert len(model.optimizer.slots) == len(model.trainable_variables)
+        return bits(model.variables) + bits(model.optimizer.variables)
+
+    assert_same(trained(False), trained(True))
+
+
 def test_a_model_not_yet_built_trains_the_same(monkeypatch):
     def trained(test):
         set_seeds(1)
@@ -404,6 +436,16 @@ def test_losses_of_layers_count():
     expected = model.evaluate(X[:16], Y[:16], batch_size=16, verbose=0)
     result = lr_range_test(model, iter([(X[:16], Y[:16])] * 12), num_steps=12, lr_bounds=(1e-9, 1e-8))
     np.testing.assert_allclose(result.loss, expected, rtol=1e-5)
+
+
+def test_losses_in_16_bits():
+    keras.config.set_floatx("bfloat16")
+    try:
+        options = {"num_steps": 12, "batch_size": 16, "lr_bounds": (1e-4, 1e-2), "validation_data": (X, Y)}
+        result = lr_range_test(small(), X, Y, **options)
+    finally:
+        keras.config.set_floatx("float32")
+    assert len(result.loss) == 12 and np.isfinite(np.asarray(result.loss, float)).all()
 
 
 def test_validation_loss():
