@@ -321,7 +321,8 @@ class CLR(keras.optimizers.Optimizer):
 
     def momentum_at(self, iteration):
         """The momentum of an update: a number for an int, an array for an integer array."""
-        height = (self._learning_rate if len({*self.momentum_bounds}) > 1 else CyclicalLR()).height_at(iteration)
+        cycles = self.momentum_bounds[0] != self.momentum_bounds[1]  # a constant asks no step function
+        height = (self._learning_rate if cycles else CyclicalLR()).height_at(iteration)
         return _between(ops if ops.is_tensor(height) else np, self.momentum_bounds, height)
 
     def build(self, variables):
@@ -528,7 +529,7 @@ def settle_batch_norm(model, x, batch_size=128):
     _require(layers, f"model {model.name!r} has no trainable BatchNormalization that is built: nothing to settle.")
     _require(len(x) >= batch_size, f"x holds {len(x)} samples, less than one batch of {batch_size}: give more of them.")
     statistics = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
-    means, kept = [0.0] * len(statistics), [(v, _value_of(v)) for v in model.variables]
+    means, kept = [0.0] * len(statistics), [(v, _value_of(v)) for v in [*model.variables, *model.metrics_variables]]
     try:
         for layer in layers:
             layer.momentum = 0.0  # the running statistics are now those of the last batch; 0 times inf would be NaN
@@ -536,8 +537,7 @@ def settle_batch_norm(model, x, batch_size=128):
         forward = _forward_in_training(model)
         with _random_states_kept():
             for k in range(len(x) // batch_size):
-                batch = x[k * batch_size : (k + 1) * batch_size]
-                forward(batch.astype(keras.config.floatx()) if batch.dtype.kind == "f" else batch)  # as `fit` does
+                forward(_as_array(x[k * batch_size : (k + 1) * batch_size]))
                 means = [mean + (_value_of(v) - mean) / (k + 1) for mean, v in zip(means, statistics)]
         kept += zip(statistics, means)  # assigned last
     finally:
@@ -652,12 +652,12 @@ def _sweep(model, batches, schedule, class_weight, validation, asked):
         if int(keras.version().split(".")[1]) < 15:  # where train_on_batch reports the mean since the last reset
             model.reset_metrics()
         logs = model.train_on_batch(*batch, class_weight=class_weight, return_dict=True)
-        if not math.isfinite(logs["loss"]):
+        if not math.isfinite(of_batch := float(logs["loss"])):  # of a tensor where all is bfloat16
             when = f"update {step}" if step else "the very first update: look at the model and its data"
-            stopped, diverged_at = f"The loss was {logs['loss']} at {when}.", rate if step else None
+            stopped, diverged_at = f"The loss was {of_batch} at {when}.", rate if step else None
             break
         lr.append(rate)
-        loss.append(float(logs["loss"]))
+        loss.append(of_batch)
         accuracy.append(next((v for k, v in logs.items() if k == "acc" or k.endswith("accuracy")), math.nan))
         mean = smoothing * mean + (1 - smoothing) * loss[-1]  # as `smooth` does
         smoothed.append(mean / (1 - smoothing ** (step + 1)))
@@ -817,9 +817,7 @@ def _rising(iteration, bounds, steps, sweep):
     """A step function for one rise from bounds[0] to bounds[1] in `steps` updates."""
     xp, iteration = _numbers_of(iteration)
     share, (low, high) = xp.minimum(_to_float(xp, iteration) / (steps - 1), 1.0), bounds
-    if sweep == "linear" or low == 0:  # as the height on which CLR's momentum depends, which is constant here
-        return low + (high - low) * share
-    return low * xp.exp(share * math.log(high / low))
+    return low + (high - low) * share if sweep == "linear" else low * xp.exp(share * math.log(high / low))
 
 
 def _sweep_optimizer(optimizer, schedule, momentum):
@@ -939,11 +937,7 @@ def _batches(x, y, sample_weight, batch_size, rng):
 
 
 def _batches_of_arrays(arrays, batch_size, rng):
-    def as_array(a):  # with floats as `fit` has them
-        a = ops.convert_to_numpy(a) if ops.is_tensor(a) else a
-        return a if a is None or a.dtype.kind != "f" else a.astype(keras.config.floatx(), copy=False)
-
-    arrays = tree.map_structure(as_array, arrays)
+    arrays = tree.map_structure(_as_array, arrays)
     shapes = [a.shape for a in tree.flatten(arrays) if a is not None]
     if () in shapes or len({shape[0] for shape in shapes}) != 1:
         raise ValueError(f"The shapes of x, y, sample_weight are {shapes}: the first axis must count the same samples.")
@@ -953,6 +947,11 @@ def _batches_of_arrays(arrays, batch_size, rng):
         for start in range(0, max(size - batch_size, 0) + 1, batch_size):
             chosen = order[start : start + batch_size]
             yield tree.map_structure(lambda a, chosen=chosen: None if a is None else a[chosen], arrays)
+
+
+def _as_array(a):  # with floats as `fit` has them
+    a = ops.convert_to_numpy(a) if ops.is_tensor(a) else a
+    return a if a is None or a.dtype.kind != "f" else a.astype(keras.config.floatx(), copy=False)
 
 
 def _as_batch(batch):

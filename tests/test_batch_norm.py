@@ -121,6 +121,26 @@ def test_whole_numbers_stay_whole():
     np.testing.assert_allclose(value(norm.moving_mean), 1.0, rtol=1e-6)
 
 
+class Counting(keras.layers.Layer):
+    """Counts the batches that pass in a metric, which is none of a layer's variables."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = keras.metrics.Sum()
+
+    def call(self, x):
+        self.seen.update_state(1.0)
+        return x
+
+
+def test_metrics_that_layers_update_stay():
+    counting = Counting()
+    model = keras.Sequential([keras.Input((4,)), counting, keras.layers.BatchNormalization()])
+    before = float(value(counting.seen.result()))
+    settle_batch_norm(model, X, 10)
+    assert float(value(counting.seen.result())) == before
+
+
 def test_weights_that_change_in_a_forward_pass_stay():
     dense = keras.layers.SpectralNormalization(keras.layers.Dense(4))
     model = keras.Sequential([keras.Input((4,)), dense, keras.layers.BatchNormalization()])
