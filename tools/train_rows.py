@@ -1,6 +1,6 @@
 """Trains the recorded rows of notebooks 04 and 06 that are missing, the most telling first, for a limited time.
 
-    python tools/train_rows.py full --processes 2 --minutes 600       # the post's network: twenty hours on two cores
+    python tools/train_rows.py full --processes 2 --minutes 600       # the post's network: forty hours on two cores
     KERAS_BACKEND=jax python tools/train_rows.py full --minutes 9     # the same without TensorFlow, on a GPU
     python tools/train_rows.py quick --processes 2                    # the small network
     python tools/train_rows.py 06 --processes 2                       # all of notebook 06
