@@ -267,19 +267,21 @@ class BatchNormalization(keras.layers.BatchNormalization):
         fused = {"tensorflow": _fused_on_tensorflow, "torch": _fused_on_torch}.get(keras.backend.backend())
         plain = mask is None and not self.synchronized and not getattr(self, "renorm", False)
         plain = plain and len(inputs.shape) == 4 and self.axis in (-1, 3)
-        if not fused or not plain or keras.backend.standardize_dtype(inputs.dtype) == "float64":
+        given = keras.backend.standardize_dtype(inputs.dtype)
+        if not fused or not plain or given not in ("float32", "bfloat16", "float16"):
             return super().call(inputs, training=training, mask=mask)
         ones, statistics = ops.ones(inputs.shape[-1:], "float32"), None
-        gamma = ops.convert_to_tensor(self.gamma) if self.scale else ones
-        beta = ops.convert_to_tensor(self.beta) if self.center else 0 * ones
+        gamma = ops.cast(self.gamma, "float32") if self.scale else ones
+        beta = ops.cast(self.beta, "float32") if self.center else 0 * ones
         if not (training and self.trainable):
-            statistics = ops.convert_to_tensor(self.moving_mean), ops.convert_to_tensor(self.moving_variance)
+            statistics = ops.cast(self.moving_mean, "float32"), ops.cast(self.moving_variance, "float32")
         outputs, mean, variance = fused(inputs, gamma, beta, self.epsilon, statistics)
         if statistics is None:
             values = ops.cast(ops.size(inputs) // inputs.shape[-1], "float32")
             variance = variance * (values - 1) / values  # the kernels' variance is over n - 1, Keras's over n
             for moving, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
-                moving.assign(moving * self.momentum + ops.stop_gradient(new) * (1.0 - self.momentum))
+                kept = ops.cast(moving, "float32") * self.momentum
+                moving.assign(kept + ops.stop_gradient(new) * (1.0 - self.momentum))
         return ops.cast(outputs, self.compute_dtype)
 
 
@@ -416,7 +418,8 @@ def code_of(run, train_size, test_size, part="test"):
     The same under every backend and version of Keras: made from the configurations without names and default values.
     What no configuration shows is added where there is any: state that the optimizer was given after it was made
     (`exclude_from_weight_decay`), weights that were set, the source of functions, classes and modules of yours with the
-    values that they refer to. Seeds that Keras draws for layers belong to the seed of the run, not to its code.
+    values that they refer to (but for modules that a function imports and models made outside). Seeds that Keras draws
+    for layers belong to the seed of the run, not to its code.
 
     Raises:
         ValueError: if make_model or make_optimizer hands out the same object twice, or the model is not built.
@@ -515,9 +518,22 @@ def _but_for_seeds(first, second):
 
 
 def _set_weights(first, second):
-    """Checksums of the weights that do not follow from the seed and are not all 0 or all 1, by position."""
-    pairs = [tuple(map(clr_utils._value_of, pair)) for pair in zip(first.variables, second.variables)]
-    return [[n, a] for n, (a, b) in enumerate(pairs) if np.array_equal(a, b) and not ((a == 0).all() or (a == 1).all())]
+    """Checksums of the weights that follow neither from the seed of the run nor from the configuration, by position."""
+    makers = {
+        id(variable): getattr(layer, f"{variable.name}_initializer", None)
+        for layer in first._flatten_layers()
+        for variable in layer.variables
+    }
+    found = []
+    for position, (variable, other) in enumerate(zip(first.variables, second.variables)):
+        value, maker = clr_utils._value_of(variable), makers.get(id(variable))
+        zeros, ones = keras.initializers.Zeros, keras.initializers.Ones
+        usual = (value == 0).all() and isinstance(maker, (zeros, type(None)))
+        usual |= (value == 1).all() and isinstance(maker, (ones, type(None)))
+        seeded = variable.name == "seed_generator_state" or getattr(maker, "_init_seed", None) is not None
+        if not usual and not seeded and np.array_equal(value, clr_utils._value_of(other)):
+            found.append([position, value])
+    return found
 
 
 def _state_beside_config(optimizer):
@@ -525,13 +541,27 @@ def _state_beside_config(optimizer):
     config = optimizer.get_config()
     if isinstance(config.get("learning_rate"), dict):  # a schedule, perhaps one of yours, which Keras could not find
         config["learning_rate"] = optimizer._learning_rate
-    twin = type(optimizer).from_config(config)
+    try:
+        twin = type(optimizer).from_config(config)
+    except TypeError as error:
+        kind = type(optimizer).__name__
+        hint = "Give it a get_config with all arguments of its __init__."
+        raise ValueError(f"{kind} cannot be made from its configuration ({error}). {hint}") from None
     held, usual = ({name: _json(value) for name, value in _described(o).items()} for o in (optimizer, twin))
     return sorted([name, value] for name, value in held.items() if value != usual.get(name))
 
 
 def _json(value):
-    return json.dumps(value, sort_keys=True, default=_described)
+    try:
+        return json.dumps(value, sort_keys=True, default=_described)
+    except TypeError:  # keys that JSON has not, or cannot sort
+        return json.dumps(_with_texts_as_keys(value), default=lambda thing: _with_texts_as_keys(_described(thing)))
+
+
+def _with_texts_as_keys(value):
+    if isinstance(value, dict):
+        return {key: _with_texts_as_keys(value) for key, value in sorted((repr(k), v) for k, v in value.items())}
+    return [*map(_with_texts_as_keys, value)] if isinstance(value, (list, tuple)) else value
 
 
 def _described(thing):
@@ -541,21 +571,37 @@ def _described(thing):
     if isinstance(thing, keras.Variable):
         return _described(clr_utils._value_of(thing))
     if isinstance(thing, np.ndarray):
+        if thing.dtype.hasobject:  # its bytes are addresses
+            return [str(thing.dtype), thing.tolist()]
         return [str(thing.dtype), thing.shape, hashlib.sha256(thing.tobytes()).hexdigest()]
     if isinstance(thing, np.generic):
         return thing.item()
+    if ops.is_tensor(thing):
+        return _described(ops.convert_to_numpy(thing))
+    if isinstance(thing, (pd.DataFrame, pd.Series)):
+        return pd.DataFrame(thing).to_dict("split")
     if isinstance(thing, (set, frozenset)):
-        return sorted(thing, key=repr)
+        return sorted(thing, key=_name_or_repr)
     if isinstance(thing, functools.partial):
-        return [thing.args, thing.keywords]
+        func = [] if _is_own(thing.func) else [thing.func]
+        return [*func, thing.args, thing.keywords]
+    if isinstance(thing, keras.layers.Layer):
+        return None if thing.trainable else "frozen"
     if isinstance(thing, keras.optimizers.Optimizer):
         return {name: value for name, value in vars(thing).items() if name != "name"}
     if isinstance(thing, (Mapping, SimpleNamespace)):
         return dict(thing) if isinstance(thing, Mapping) else vars(thing)
+    if callable(thing) and not _is_own(thing):
+        return getattr(thing, "__name__", None)  # of a library: not its module, which moves between versions
     code = callable(thing) or isinstance(thing, types.ModuleType)
     if not code and type(thing).__module__.split(".")[0] in sys.stdlib_module_names:
         return text if " at 0x" not in (text := repr(thing)) else None  # a range, a path, a date
     return None
+
+
+def _name_or_repr(thing):
+    """What a set is sorted by: the repr of a function has its address."""
+    return getattr(thing, "__qualname__", repr(thing))
 
 
 def _package(thing):
@@ -590,15 +636,17 @@ def _own_code(things, seen):
         seen[id(thing)], parts = thing, ()
         if isinstance(thing, (Mapping, SimpleNamespace)):
             parts = (thing if isinstance(thing, Mapping) else vars(thing)).values()
-        elif isinstance(thing, (list, tuple, set, frozenset)):
+        elif isinstance(thing, (list, tuple)):
             parts = thing
+        elif isinstance(thing, (set, frozenset)):
+            parts = sorted(thing, key=_name_or_repr)
         elif isinstance(thing, functools.partial):
             parts = thing.func, thing.args, thing.keywords
         elif isinstance(thing, types.MethodType):
             parts = thing.__func__, thing.__self__
         elif isinstance(thing, type):
             for base in filter(_is_own, thing.__mro__):
-                held = {k: getattr(v, "fget", getattr(v, "__func__", v)) for k, v in vars(base).items()}
+                held = {name: _function_of(value) for name, value in vars(base).items()}
                 held = {k: v for k, v in held.items() if k[:2] != "__" or callable(v)}
                 parts = *parts, *held.values()
                 yield {name: value for name, value in held.items() if not callable(value)}
@@ -610,9 +658,11 @@ def _own_code(things, seen):
             if _is_own(thing):
                 held = thing.__globals__.keys() & set(_global_names(thing.__code__))
                 parts = thing.__defaults__, thing.__kwdefaults__, inspect.getclosurevars(thing).nonlocals
-                parts = *parts, {name: thing.__globals__[name] for name in sorted(held)}
+                used = {name: thing.__globals__[name] for name in sorted(held)}
+                named = {name: None if getattr(v, "__name__", "") == name else v for name, v in used.items()}
                 yield _source(thing)
-                yield from filter(None, parts)
+                yield from filter(None, (*parts, named))
+                parts = *parts, used
         elif _is_own(type(thing)) or _package(type(thing)) in ("clr_utils", "experiments", "keras"):
             held = _attributes(thing)
             parts = type(thing), getattr(thing, "_learning_rate", None), held
@@ -621,12 +671,19 @@ def _own_code(things, seen):
         yield from _own_code(parts, seen)
 
 
+def _function_of(value):
+    """Of an attribute of a class: what a property, a class method or a cached property is made of."""
+    return next((getattr(value, n) for n in ("fget", "__func__", "func") if hasattr(value, n)), value)
+
+
 def _attributes(thing):
     """What an object holds: public attributes, and those of which the code of your own classes speaks. Of layers only
     what not every layer has, and no variables: `_set_weights` has these."""
     methods = [value for base in filter(_is_own, type(thing).__mro__) for value in vars(base).values()]
     named = {name for method in methods for name in getattr(getattr(method, "__code__", None), "co_names", ())}
-    held = {k: v for k, v in getattr(thing, "__dict__", {}).items() if k[0] != "_" or k in named}
+    slots = [slot for base in type(thing).__mro__ for slot in vars(base).get("__slots__", ()) if hasattr(thing, slot)]
+    held = {slot: getattr(thing, slot) for slot in slots} | getattr(thing, "__dict__", {})
+    held = {k: v for k, v in held.items() if k[0] != "_" or k in named}
     if isinstance(thing, keras.layers.Layer) and _is_own(type(thing)):
         every = vars(keras.layers.Layer(name="any")).keys()
         held = {k: v for k, v in held.items() if k not in every and not isinstance(v, keras.Variable)}
@@ -659,7 +716,8 @@ def _source(thing):
 
 
 def _bytecode(code):
-    constants = [_bytecode(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    constants = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in code.co_consts]
+    constants = [_bytecode(c) if isinstance(c, types.CodeType) else repr(c) for c in constants]
     return [code.co_code.hex(), code.co_names, constants]
 
 
@@ -689,7 +747,8 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
     Everything follows from the seed and the run: weights, dropout, and the order of the data, which is the same for
     all runs of one seed and size. So differences between runs can be paired. A finished run is one write to the end of
     the file, under a lock. A longer one leaves a checkpoint after each epoch, and an interrupted call goes on from
-    there, to the same line. Several processes may share a file: each run is trained by one of them.
+    there, to the same line (if its random numbers are Keras's). Several processes may share a file: each run is trained
+    by one of them.
 
     Args:
         experiment: name of the results file.
@@ -726,7 +785,7 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
     asked = {name for name, wanted in (("every_epoch", every_epoch), ("settled_accuracy", settled)) if wanted}
 
     def recorded():
-        lines = [(keys.get((line["run"], line["seed"])), line) for line in _lines_of(path)]
+        lines = [(keys.get((line.get("run"), line["seed"])), line) for line in _lines_of(path)]
         return {
             (line["run"], line["seed"]): line
             for key, line in lines
@@ -906,7 +965,7 @@ def _train(run, seed, data, every_epoch, settled, checkpoint):
     optimizer.build(model.trainable_variables)
     finish = optimizer.finalize_variable_values  # puts averages (use_ema) in place of weights: once, not at each `fit`
     optimizer.finalize_variable_values = lambda variables: None
-    order, variables = np.random.default_rng(seed), [*model.variables, *optimizer.variables]
+    order, variables = np.random.default_rng(seed), [*model.variables, *optimizer.variables, _state_of_unseeded_draws()]
     seconds, losses, evaluations = _read_checkpoint(checkpoint, variables, order) or (0.0, [], [])
     for epoch in range(len(losses), run.epochs):
         start = time.monotonic()
@@ -1005,16 +1064,28 @@ def _checkpoint_file(keys, asked):
 def _write_checkpoint(path, variables, order, progress):
     """The state after an epoch, in one piece or not at all."""
     part = path.with_suffix(".part")
-    part.write_bytes(pickle.dumps((progress, order.bit_generator.state, [clr_utils._value_of(v) for v in variables])))
+    with open(part, "wb") as file:
+        pickle.dump((progress, order.bit_generator.state, [clr_utils._value_of(v) for v in variables]), file)
+        file.flush()
+        os.fsync(file.fileno())  # or the file may be empty after a power cut
     os.replace(part, path)
 
 
 def _read_checkpoint(path, variables, order):
-    """Puts back variables and order, and returns the progress. None where there is no file."""
+    """Puts back variables and order, and returns the progress. None where there is no file, or an earlier version's."""
     if path.exists():
-        progress, order.bit_generator.state, values = pickle.loads(path.read_bytes())
-        clr_utils._assign(variables, values)
-        return progress
+        progress, state, values = pickle.loads(path.read_bytes())
+        if len(values) == len(variables):
+            order.bit_generator.state = state
+            clr_utils._assign(variables, values)
+            return progress
+
+
+def _state_of_unseeded_draws():
+    """Of `keras.random` calls without a seed, as a layer of yours may have them. No public way leads to it."""
+    from keras.src.random.seed_generator import global_seed_generator
+
+    return global_seed_generator().state
 
 
 def _checked_data(data):
@@ -1033,7 +1104,10 @@ def _checked_data(data):
             f"data.{name}: labels are {labels.dtype} of shape {labels.shape}, for images {images.shape}. Give one "
             "whole number from 0 for each image (not one-hot).",
         )
+        _require(labels.size and labels.min() >= 0, f"data.{name}: labels from 0 on, and at least one image.")
         parts[name] = images, labels
+    shapes = [images.shape[1:] for images, _ in parts.values()]
+    _require(shapes[0] == shapes[1], f"data: images for training of {shapes[0]}, for testing of {shapes[1]}.")
     return data._replace(**parts)
 
 
@@ -1048,10 +1122,20 @@ def _check_model(run, model, data, settled):
     given = keras.backend.standardize_dtype(output.dtype)
     hint = 'and the loss needs float32: give the last layer dtype="float32".'
     _require(given == "float32", f"{run.name}: the output is {given}, {hint}")
+    _require_probabilities(run.name, model, data.train[0][:2].astype("float32"))
     norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     settles = any(layer.trainable for layer in norms) and run.batch_size <= len(data.train[0])
     hint = "a trainable BatchNormalization layer and a whole batch of training images: leave it out."
     _require(settles or not settled, f"{run.name}: settled=True needs {hint}")
+
+
+def _require_probabilities(name, model, images):
+    try:
+        sums = ops.convert_to_numpy(model(images, training=False)).sum(axis=1)
+    except Exception as error:  # each backend and layer has its own
+        raise ValueError(f"{name}: the model does not take images of shape {images.shape[1:]}: {error}") from error
+    hint = "The runner trains classifiers that end in a softmax, not in logits."
+    _require(np.abs(sums - 1).max() < 0.01, f"{name}: the outputs for an image add up to {sums[0]:.3g}, not 1. {hint}")
 
 
 def _checked_runs(runs):
@@ -1068,7 +1152,7 @@ def _checked_runs(runs):
         _require(run.precision in PRECISIONS, f"{run.name}: precision={run.precision!r}, give one of {[*PRECISIONS]}.")
         _require(isinstance(run.notes, Mapping), f"{run.name}: notes={run.notes!r}: give a dict.")
         notes = _as_json(f"{run.name}: notes={run.notes!r}", run.notes, allow_nan=False)
-        checked.append(run._replace(notes=notes))
+        checked.append(run._replace(notes=notes, epochs=int(run.epochs), batch_size=int(run.batch_size)))
     return checked
 
 
@@ -1092,15 +1176,14 @@ def read_results(experiment, runs=None, train_size=None, test_size=10000, part="
     runs: so no line of an earlier version of a run is mistaken for it. Returns a DataFrame as of `run_experiment`, each
     run and seed once, as recorded last; empty if there is nothing.
     """
-    folders = sorted({ROOT, _output_folder().resolve()})
-    lines = [line for folder in folders for line in _lines_of(_results_file(folder, experiment))]
+    lines = _all_lines(experiment)
     if runs is not None:
         hint = "say on how many images, train_size=60000 for example."
         _require(train_size is not None, f"read_results({experiment!r}, runs): {hint}")
         runs = _checked_runs(runs)
         codes = [code for code, _ in _codes_and_models(runs, train_size, test_size, part)]
         wanted = list(zip([run.name for run in runs], codes))
-        lines = [line for line in lines if (line["run"], line["code"]) in wanted]
+        lines = [line for line in lines if (line.get("run"), line["code"]) in wanted]
         lines.sort(key=lambda line: wanted.index((line["run"], line["code"])))
     last = {tuple(line.get(key) for key in ("run", "profile", "seed", "data_checksum", "code")): line for line in lines}
     return pd.DataFrame(list(last.values()), columns=None if last else ["run", "seed", "data", "code", "test_accuracy"])
@@ -1112,10 +1195,9 @@ def read_record(experiment, ways, seeds, train_size, test_size=10000, part="test
     Raises:
         ValueError: if the lines are of more than one data set.
     """
-    seeds, folders = _checked_seeds(seeds), sorted({ROOT, _output_folder().resolve()})
-    lines = [line for folder in folders for line in _lines_of(_results_file(folder, experiment))]
+    seeds, lines = _checked_seeds(seeds), _all_lines(experiment)
     codes = {way: _code_of_way(function, train_size, test_size, part) for way, function in ways.items()}
-    lines = [line for line in lines if line["code"] == codes.get(line["way"]) and line["seed"] in seeds]
+    lines = [line for line in lines if line["code"] == codes.get(line.get("way")) and line["seed"] in seeds]
     sets = sorted({f"{line['data']} {line['data_checksum']}" for line in lines})
     hint = "The ones of another data set belong in an experiment of their own."
     _require(len(sets) <= 1, f"{experiment!r} holds lines of {' and '.join(sets)}. {hint}")
@@ -1125,6 +1207,12 @@ def read_record(experiment, ways, seeds, train_size, test_size=10000, part="test
 
 def _results_file(folder, experiment):
     return folder / "figures" / "results" / f"{experiment}.jsonl"
+
+
+def _all_lines(experiment):
+    """What is recorded beside clr_utils.py, and after it what this run of the notebook has recorded."""
+    folders = dict.fromkeys((ROOT, _output_folder().resolve()))
+    return [line for folder in folders for line in _lines_of(_results_file(folder, experiment))]
 
 
 def _lines_of(path):
@@ -1141,7 +1229,9 @@ def _append_line(path, line):
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"), open(path, "ab", buffering=0) as file:
         start = b"" if path.read_bytes()[-1:] in (b"", b"\n") else b"\n"
-        file.write(start + json.dumps(line).encode() + b"\n")
+        text = start + json.dumps(line).encode() + b"\n"
+        if file.write(text) < len(text):  # the disk is full: the checkpoint stays
+            raise OSError(f"{path}: there is no room for the line of a finished run. Make some, and call again.")
         os.fsync(file.fileno())
 
 
@@ -1298,7 +1388,8 @@ def plot_runs(results, *, smoothing=0.0, title=None, axes=None):
             if longest[key] is not None:
                 ax.plot(longest["update"], longest[key], **style)
         losses = [pd.Series(smooth(np.array(c["loss"], float), smoothing), c["update"]) for c in ways[name]]
-        losses = pd.concat(losses, axis=1).dropna()
+        losses = pd.concat(losses, axis=1).sort_index()  # one that was stopped has its points elsewhere
+        losses = losses.interpolate("index", limit_area="inside").dropna()
         axes[-1].plot(losses.mean(axis=1), label=name, **style)
         axes[-1].fill_between(losses.index, losses.min(axis=1), losses.max(axis=1), color=style["color"], alpha=0.2)
     clr_utils.set_loss_axis(axes[-1], "training loss\n(band: min to max)")

@@ -1,4 +1,4 @@
-"""What an LR range test costs: against `fit` on arrays for the same number of updates.
+"""What an LR range test costs: against `fit` for the same number of updates.
 
     python tests/bench_lr_range.py [ROUNDS]
 
@@ -14,7 +14,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
-from experiments import describe_machine, mnist_network  # isort: skip  # imports Keras quietly, so it comes first
+import experiments  # isort: skip  # imports Keras quietly, so it comes first
 import keras
 import numpy as np
 from timing import alternating, ratio
@@ -30,13 +30,14 @@ def contestants():
     y = rng.integers(0, 10, len(x))
 
     def new_model():
-        model = mnist_network()
+        model = experiments.mnist_network()
         model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "sparse_categorical_crossentropy", metrics=["accuracy"])
         return model
 
     def fit(updates):
         images = updates * BATCH_SIZE
-        new_model().fit(x[:images], y[:images], batch_size=BATCH_SIZE, verbose=0)
+        batches = experiments._in_batches(x[:images], y[:images], BATCH_SIZE)  # arrays would have `fit` wait
+        new_model().fit(**batches, verbose=0)
 
     def range_test(updates):
         options = {"lr_bounds": (1e-6, 1e-3), "num_steps": updates, "stop_factor": float("inf")}
@@ -57,7 +58,7 @@ def main():
         name: [long - short for short, long in zip(seconds[name, SHORT], seconds[name, LONG])]
         for name in ("fit", "range test")
     }
-    print(describe_machine())
+    print(experiments.describe_machine())
     for what, test, fit in [
         (f"{SHORT} updates with building and tracing", seconds["range test", SHORT], seconds["fit", SHORT]),
         (f"{LONG - SHORT} further updates", further["range test"], further["fit"]),

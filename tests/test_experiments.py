@@ -1,11 +1,13 @@
 """run_experiment and its results file, and what is made of the lines: summaries, comparisons, tables."""
 
+import contextlib
 import importlib
 import json
 import linecache
 import math
 import os
 import pathlib
+import pickle
 import random
 import re
 import signal
@@ -34,6 +36,10 @@ def network(units=8, sigmoid=False):
     layers = [keras.layers.Dense(units, activation="relu"), keras.layers.Dropout(0.2)]
     layers.append(keras.layers.Dense(1, "sigmoid") if sigmoid else keras.layers.Dense(2, "softmax", dtype="float32"))
     return keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 255), *layers])
+
+
+def logits():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
 
 
 def sgd(updates, learning_rate=0.1):
@@ -284,6 +290,22 @@ def with_bias(value):
     return model
 
 
+def with_kernel(*value):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, "softmax")])
+    for all_of in value:
+        model.layers[-1].kernel.assign(np.full((4, 2), all_of))
+    return model
+
+
+class Within(keras.layers.Layer):
+    def __init__(self, trainable):
+        super().__init__()
+        self.within = keras.layers.Dense(4, trainable=trainable)
+
+    def call(self, x):
+        return self.within(x)
+
+
 class Halved(keras.layers.Layer):
     def call(self, x):
         return x / 2
@@ -342,7 +364,13 @@ class Steady(keras.optimizers.schedules.LearningRateSchedule):
         ),
         (dict(make_model=lambda: scaled(2)), dict(make_model=lambda: scaled(3))),
         (dict(make_model=lambda: with_bias([1.0, 2.0])), dict(make_model=lambda: with_bias([2.0, 1.0]))),
+        (dict(make_model=lambda: with_kernel()), dict(make_model=lambda: with_kernel(0))),
+        (dict(make_model=lambda: with_kernel(0)), dict(make_model=lambda: with_kernel(1))),
         (dict(make_model=lambda: with_layer(Halved)), dict(make_model=lambda: with_layer(Thirds))),
+        (
+            dict(make_model=lambda: with_layer(lambda: Within(True))),
+            dict(make_model=lambda: with_layer(lambda: Within(False))),
+        ),
         (dict(precision="float32"), dict(precision="bfloat16")),
         (dict(make_model=lambda: joined(True)), dict(make_model=lambda: joined(False))),
         (
@@ -360,7 +388,8 @@ class Steady(keras.optimizers.schedules.LearningRateSchedule):
         ),
     ],
     ids=[
-        *("excluded from weight decay", "iterations", "closure", "weights", "own class", "precision", "x + y"),
+        *("excluded from weight decay", "iterations", "closure", "weights", "weights of 0", "weights of 1"),
+        *("own class", "a frozen layer within one of your own", "precision", "x + y"),
         *("layers named like activations", "an activation named like a layer", "attribute of a layer"),
         "attribute of a schedule",
     ],
@@ -391,6 +420,27 @@ def test_a_seed_that_keras_draws_for_a_layer_is_not_in_the_code():
     assert random.getstate() == state
 
 
+def test_a_seed_of_yours_is_in_the_code_and_what_a_backend_draws_from_it_is_not():
+    def seeded(seed):
+        start = keras.initializers.GlorotUniform(seed)
+        layers = [keras.layers.Dropout(0.5, seed=seed), keras.layers.Dense(2, "softmax", kernel_initializer=start)]
+        return keras.Sequential([keras.Input((4,)), *layers])
+
+    codes = [experiments.code_of(ROW._replace(make_model=lambda n=n: seeded(n)), 64, 32) for n in (1, 2)]
+    assert codes[0] != codes[1] and experiments._set_weights(seeded(1), seeded(1)) == []
+
+
+class WithoutConfig(keras.optimizers.SGD):
+    def __init__(self, peak):
+        super().__init__(peak)
+
+
+def test_an_optimizer_that_no_configuration_makes_is_refused(results_file):
+    with pytest.raises(ValueError, match="WithoutConfig cannot be made.*get_config with all arguments"):
+        train(ROW._replace(make_optimizer=lambda updates: WithoutConfig(0.1)))
+    assert not results_file.exists()
+
+
 @pytest.mark.parametrize("what", ["make_model", "make_optimizer"])
 def test_what_was_made_once_is_refused(results_file, what):
     once = {"make_model": network(), "make_optimizer": sgd(4)}[what]
@@ -412,6 +462,11 @@ def test_other_data_of_the_same_size_are_another_run(results_file):
     assert len({line["data_checksum"] for line in made}) == 3 and len({line["code"] for line in made}) == 1
 
 
+def test_epochs_and_batch_size_may_be_numpy_numbers(results_file):
+    given = train(ROW._replace(epochs=np.int64(2), batch_size=np.int32(16)))
+    assert given == train(ROW._replace(epochs=2)) == lines(results_file)
+
+
 def test_labels_may_be_lists_and_whole_floats_and_notes_numpy_numbers(results_file):
     data = Dataset((X[:64], [int(y) for y in Y[:64]]), (X[64:], Y[64:].astype("float32")), "mnist", "made here")
     (line,) = train(ROW._replace(notes={"peak": np.float32(0.5), "rates": np.arange(2)}), data=data)
@@ -427,6 +482,10 @@ def test_labels_may_be_lists_and_whole_floats_and_notes_numpy_numbers(results_fi
         (DATA._replace(train=(X[:64], np.eye(2)[Y[:64]])), "not one-hot"),
         (DATA._replace(train=(X[:64], Y[:60])), "for each image"),
         (DATA._replace(train=(X[:64], Y[:64] + 1)), "for 3 classes"),
+        (DATA._replace(test=(X[64:], Y[64:].astype(int) - 1)), "data.test: labels from 0 on"),
+        (DATA._replace(test=(X[:0], Y[:0])), "at least one image"),
+        (DATA._replace(test=(X[64:, :3], Y[64:])), "training of .4,., for testing of .3,."),
+        (Dataset((X[:64, :3], Y[:64]), (X[64:, :3], Y[64:]), "mnist", "here"), "does not take images of shape .3,."),
     ],
 )
 def test_data_that_cannot_be_trained_on_are_refused(results_file, data, message):
@@ -548,6 +607,42 @@ t.train(t.LONG, every_epoch=True, settled=True)
     assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
 
 
+class Noise(keras.layers.Layer):
+    def call(self, x, training=False):
+        return x + keras.random.normal(keras.ops.shape(x)) if training else x  # without a seed
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="Keras on JAX refuses such draws in a compiled step")
+def test_an_interrupted_run_goes_on_with_the_random_numbers_that_no_layer_holds(results_file, monkeypatch):
+    run, write = ROW._replace(make_model=lambda: with_layer(Noise), epochs=4), experiments._write_checkpoint
+
+    def interrupted(*arguments):
+        write(*arguments)
+        if len(arguments[-1][1]) == 2:  # epochs
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "_write_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    keras.random.normal((3,))
+    (resumed,) = train(run)
+    results_file.unlink()
+    assert results_of(train(run)[0]) == results_of(resumed)
+
+
+def test_a_checkpoint_of_another_version_is_none(results_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "_append_line", None)
+    with pytest.raises(TypeError):
+        train(ROW._replace(epochs=2))
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.pickle")
+    progress, state, values = pickle.loads(checkpoint.read_bytes())
+    checkpoint.write_bytes(pickle.dumps((progress, state, values[:-1])))
+    monkeypatch.undo()
+    monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path))
+    assert results_of(train(ROW._replace(epochs=2))[0]) and not checkpoint.exists()
+
+
 def test_a_run_that_another_process_is_training_is_left_out_or_waited_for(results_file):
     keys = {**{"experiment": "t", "run": "row", "profile": "smoke", "data": "mnist"}, "seed": 0}
     keys |= {"data_checksum": DATA.checksum, "code": experiments.code_of(ROW, 64, 32)}
@@ -623,6 +718,32 @@ def test_lines_that_ran_together_and_a_byte_order_mark_are_read(results_file):
     assert read() == [first, second] and train(seeds=(0, 1)) == [first, second]
 
 
+def test_a_line_for_which_there_is_no_room_is_an_error_and_costs_no_checkpoint(results_file, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        file = open(*arguments, **options)
+        write, file = file.write, contextlib.closing(file)
+        return SimpleFile(file, lambda text: write(text[:100]))
+
+    class SimpleFile:
+        def __init__(self, file, write):
+            self.file, self.write = file, write
+
+        def __enter__(self):
+            self.fileno = self.file.__enter__().fileno
+            return self
+
+        def __exit__(self, *error):
+            self.file.__exit__(*error)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "open", lambda *a, **o: (full if "ab" in a else open)(*a, **o), raising=False)
+        with pytest.raises(OSError, match="no room"):
+            train(ROW._replace(epochs=2))
+    assert list((tmp_path / "checkpoints").glob("*.pickle")) and read() == []
+    (line,) = train(ROW._replace(epochs=2))
+    assert read() == [line]
+
+
 def test_notes_may_hold_braces():
     (line,) = train(ROW._replace(notes={"formula": r"\frac{1}{2}"}))
     assert read() == [line] and line["formula"] == r"\frac{1}{2}"
@@ -664,14 +785,25 @@ def test_two_processes_writing_to_one_file_lose_nothing(results_file, tmp_path):
 
 
 def test_recorded_lines_beside_the_module_are_read_but_not_taken_for_this_run(results_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path / "z"))
     (first,) = train()
-    monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path / "a"))
+    monkeypatch.setattr(experiments, "ROOT", tmp_path / "z")
     assert read() == [first]
-    (second,) = train(seeds=(0,))
+    (second,) = train(seeds=(0,), every_epoch=True)
     assert results_of(second) == results_of(first)
-    assert len(lines(tmp_path / "elsewhere" / "figures" / "results" / "t.jsonl")) == 1
-    assert len(read()) == 1  # the same run of the same seed
+    assert len(lines(tmp_path / "a" / "figures" / "results" / "t.jsonl")) == 1
+    assert read() == [second] != [first]  # the same run of the same seed, as recorded last
+
+
+def test_one_file_may_hold_runs_and_what_ways_have_found(results_file):
+    def way(seed, data):
+        return [{"found": seed}]
+
+    (line,) = train()
+    found = experiments.record("t", {"way": way}, [3], DATA)
+    assert train() == [line] and read([ROW], 64, 32)[0]["code"] == line["code"]
+    assert list(experiments.read_record("t", {"way": way}, [3], 64, 32)["found"]) == list(found["found"]) == [3]
 
 
 @pytest.mark.parametrize(
@@ -689,6 +821,7 @@ def test_recorded_lines_beside_the_module_are_read_but_not_taken_for_this_run(re
         ([ROW._replace(notes=["peak"])], (0,), "give a dict"),
         ([ROW._replace(name=("row", 1))], (0,), "a name of its own"),
         ([ROW._replace(make_model=lambda: network(sigmoid=True))], (0,), "no sigmoid"),
+        ([ROW._replace(make_model=logits)], (0,), "row: the outputs for an image add up to .* not 1.*not in logits"),
         ([ROW], (0, 0), "different whole numbers"),
         ([ROW], (-1,), "whole numbers from 0"),
     ],
@@ -898,6 +1031,42 @@ def more(function):
 def way():
     return 2
 """,
+    "which function of a library": """
+import math
+use = [math.sin, math.cos, *9 * [math.tan]][1]
+way = lambda: use(2)
+""",
+    "of what a partial is one": """
+import functools, math
+way = functools.partial([math.sin, math.cos, *9 * [math.tan]][1], 2)
+""",
+    "what a partial hands over": """
+import functools, math
+def inner(f):
+    return f(2)
+way = functools.partial(inner, [math.sin, math.cos, *9 * [math.tan]][1])
+""",
+    "a table": "import pandas as pd\ntable = pd.DataFrame({'x': [1, None]})\nway = lambda: table\n",
+    "a tensor": "import keras\nheld = keras.ops.full((2,), 1.0)\nway = lambda: held\n",
+    "an array of objects": "import numpy as np\nheld = np.array([1.25, None])\nway = lambda: held\n",
+    "keys that are no texts": "held = {(0, 1): [{2: 3, 'x': 4}]}\nway = lambda: held\n",
+    "a slot": """
+from dataclasses import dataclass
+@dataclass(slots=True)
+class Held:
+    x: int
+held = Held(1)
+way = lambda: held.x
+""",
+    "a cached property": """
+import functools
+class Held:
+    @functools.cached_property
+    def x(self):
+        return 1
+held = Held()
+way = lambda: held.x
+""",
     "what a library's decorator has wrapped": "import functools\n@functools.cache\ndef way():\n    return 1\n",
     "a lambda over two lines": "both = dict(\n    way=lambda: 2\n    + 1,\n    other=0)\nway = both['way']\n",
     "a private attribute": """
@@ -920,6 +1089,12 @@ def test_code_of_a_way_has_all_that_decides(text):
     assert codes[0] == codes[1] != codes[2]
 
 
+def test_code_of_a_way_does_not_depend_on_the_order_of_a_set():
+    text = "def f():\n    return 1\ndef g():\n    return 2\nboth = {f, g, abs, len}\nway = lambda: both\n"
+    ways = [written_in({"__name__": "cell"}, text) for _ in range(20)]
+    assert len({experiments._code_of_way(way, 200, 40, "test") for way in ways}) == 1
+
+
 def test_code_of_a_way_has_the_modules_of_yours_that_it_calls(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     codes = []
@@ -938,6 +1113,8 @@ def test_code_of_a_way_has_the_modules_of_yours_that_it_calls(tmp_path, monkeypa
 
 
 def test_code_of_a_way_whose_source_was_not_kept_is_the_same_at_each_call():
+    bytecode = [experiments._bytecode(compile(f"x in {{{names}}}", "", "eval")) for names in ("'a', 'b'", "'b', 'a'")]
+    assert bytecode[0] == bytecode[1]  # a frozenset, whose order is another in each process
     texts = (
         "lambda: [x + 1 for x in range(3)]",
         "lambda: [x + 1 for x in range(3)]",

@@ -84,6 +84,19 @@ def test_the_fused_kernel_is_used_where_it_can_and_nowhere_else(monkeypatch):
     assert len(used) == 4
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["float32", "int32"])
+def test_weights_in_half_precision_and_whole_numbers_are_taken_as_by_keras(dtype, kind):
+    layers = [kind(dtype=dtype) for kind in (keras.layers.BatchNormalization, experiments.BatchNormalization)]
+    x = ops.convert_to_tensor(IMAGES.astype(kind))
+    for training in (True, False):
+        first, second = (layer(x, training=training) for layer in layers)
+        assert first.dtype == second.dtype
+        np.testing.assert_allclose(value(first), value(second), atol=0.03)
+    for theirs, ours in zip(*(layer.variables for layer in layers)):
+        np.testing.assert_allclose(value(theirs), value(ours), rtol=0.02, atol=0.02)
+
+
 def test_a_saved_network_comes_back_with_its_layer(tmp_path):
     model = experiments.residual_network(8, 1)
     model(ops.convert_to_tensor(rng.normal(size=(4, 32, 32, 3)).astype("float32")), training=True)

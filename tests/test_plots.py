@@ -276,6 +276,14 @@ def test_a_mean_ends_where_one_of_its_losses_is_not_finite():
     assert [line.get_xydata().tolist() for line in axes[-1].lines] == [[[0, 2.5]]]
 
 
+def test_a_run_that_was_stopped_takes_no_points_from_the_others():
+    rows = [row_of("a", seed, 0.1, momentum=None) for seed in (0, 1)]
+    for row, updates, loss in zip(rows, ([0, 10, 20, 30], [0, 8, 16]), ([4.0, 3.0, 2.0, 1.0], [4.0, 2.0, None])):
+        row["curve"] = row["curve"] | {"update": updates, "loss": loss, "learning_rate": [0.1] * len(updates)}
+    (line,) = plot_runs(results_of(*rows))[-1].lines
+    np.testing.assert_allclose(line.get_xydata(), [[0, 4], [8, (3.2 + 2) / 2]])
+
+
 def test_comparison_draws_every_seed_the_mean_and_its_interval():
     live = results_of(row_of("1cycle", 7, 0.95), row_of("not there", 0, 0.5))
     ax = plot_comparison(RESULTS, live, title="Two ways")

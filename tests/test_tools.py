@@ -234,6 +234,32 @@ def test_the_command_follows_the_plan_of_each_size(rows, monkeypatch, which, siz
     assert asked == [rows[size] for size in sizes]
 
 
+def test_processes_share_the_cores_and_what_one_says_in_the_end_counts(monkeypatch):
+    started = []
+
+    class Started:
+        def __init__(self, command, env):
+            self.number = len(started)
+            started.append((command, env))
+
+        def wait(self):
+            return self.number  # the second failed
+
+    monkeypatch.setattr(train_rows.subprocess, "Popen", Started)
+    monkeypatch.setattr(train_rows.os, "cpu_count", lambda: 5)
+    monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "3")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    with pytest.raises(SystemExit) as exited:
+        train_rows.main(["quick", "--minutes", "7", "--processes", "2"])
+    assert exited.value.code == 1 and len(started) == 2
+    for command, environment in started:
+        options = command[command.index(train_rows.__file__) + 1 :]
+        assert options == ["quick", "--minutes", "7", "--processes", "2", "--processes", "1"]  # the last one counts
+        assert environment["OMP_NUM_THREADS"] == environment["TF_NUM_INTRAOP_THREADS"] == "2"
+        assert environment["TF_NUM_INTEROP_THREADS"] == "3"  # as asked
+        assert "mmap_threshold" in environment["GLIBC_TUNABLES"]
+
+
 def test_benchmarks_take_turns_and_compare_within_a_round():
     calls, contestants = [], ("a", "b", "c")
     seconds = timing.alternating({name: functools.partial(calls.append, name) for name in contestants}, 3)
