@@ -1,9 +1,10 @@
 """What the fused BatchNormalization gains: images/s of the post's residual network with Keras's layer and with ours.
 
-    python tests/bench_batch_norm.py [ROUNDS] [--batch 128] [--write]
+    python tests/bench_batch_norm.py [ROUNDS] [--batch 128] [--write PROCESSOR]
 
 In one process, in float32 and bfloat16; all take turns, and each ratio is the median over the rounds of that in the
-same round (timing.py). Nothing else should run on the machine. --write: into figures/results, for notebook 04.
+same round (timing.py). Nothing else should run on the machine. --write: into figures/results, for notebook 04, in place
+of what that processor has there.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rounds", nargs="?", type=int, default=7)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", metavar="PROCESSOR", help='for example "Intel Xeon, amx_bf16"')
     options = parser.parse_args()
     layers = {"Keras's": keras.layers.BatchNormalization, "fused": experiments.BatchNormalization}
     contestants = {
@@ -54,15 +55,16 @@ def main():
     for (name, precision), times in seconds.items():
         low, median, high = ratio(seconds["Keras's", "float32"], times)
         speed = round(BATCHES * options.batch / statistics.median(times))
-        rows.append({"layer": name, "precision": precision, "images/s": speed, "times as fast": median})
+        rows.append({"processor": options.write, "layer": name, "precision": precision, "images/s": speed})
         print(f"{name:8} {precision:9} {speed:5} images/s, {median:.2f} times the first ({low:.2f} to {high:.2f})")
     for precision in ("float32", "bfloat16"):
         low, median, high = ratio(seconds["Keras's", precision], seconds["fused", precision])
         print(f"fused, {precision}: {median:.2f} times as fast as Keras's (quartiles {low:.2f} to {high:.2f})")
     print(experiments.describe_machine())
     if options.write:
-        rows = [{**row, "hardware": experiments.describe_machine()} for row in rows]
         path = ROOT / "figures" / "results" / "04_images_per_second.json"
+        others = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["processor"] != options.write]
+        rows = [*others, *({**row, "hardware": experiments.describe_machine()} for row in rows)]
         path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
