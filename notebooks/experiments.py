@@ -683,6 +683,8 @@ def _attributes(thing):
     named = {name for method in methods for name in getattr(getattr(method, "__code__", None), "co_names", ())}
     slots = [slot for base in type(thing).__mro__ for slot in vars(base).get("__slots__", ()) if hasattr(thing, slot)]
     held = {slot: getattr(thing, slot) for slot in slots} | getattr(thing, "__dict__", {})
+    parts = getattr(thing, "_modules", {})  # where torch keeps the layers within a layer
+    held |= {name: part for name, part in parts.items() if isinstance(part, keras.layers.Layer)}
     held = {k: v for k, v in held.items() if k[0] != "_" or k in named}
     if isinstance(thing, keras.layers.Layer) and _is_own(type(thing)):
         every = vars(keras.layers.Layer(name="any")).keys()
