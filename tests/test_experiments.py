@@ -614,6 +614,9 @@ class Noise(keras.layers.Layer):
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="Keras on JAX refuses such draws in a compiled step")
 def test_an_interrupted_run_goes_on_with_the_random_numbers_that_no_layer_holds(results_file, monkeypatch):
+    draws = [[keras.utils.set_random_seed(0), float(keras.random.normal((1,))[0])] for _ in range(2)]
+    if draws[0] != draws[1]:
+        pytest.skip("In this version of Keras such draws do not follow from the seed")
     run, write = ROW._replace(make_model=lambda: with_layer(Noise), epochs=4), experiments._write_checkpoint
 
     def interrupted(*arguments):
