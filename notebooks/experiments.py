@@ -524,10 +524,9 @@ def _set_weights(first, second):
         for layer in first._flatten_layers()
         for variable in layer.variables
     }
-    found = []
+    found, zeros, ones = [], keras.initializers.Zeros, keras.initializers.Ones
     for position, (variable, other) in enumerate(zip(first.variables, second.variables)):
         value, maker = clr_utils._value_of(variable), makers.get(id(variable))
-        zeros, ones = keras.initializers.Zeros, keras.initializers.Ones
         usual = (value == 0).all() and isinstance(maker, (zeros, type(None)))
         usual |= (value == 1).all() and isinstance(maker, (ones, type(None)))
         seeded = variable.name == "seed_generator_state" or getattr(maker, "_init_seed", None) is not None
@@ -560,7 +559,7 @@ def _json(value):
 
 def _with_texts_as_keys(value):
     if isinstance(value, dict):
-        return {key: _with_texts_as_keys(value) for key, value in sorted((repr(k), v) for k, v in value.items())}
+        return {repr(key): _with_texts_as_keys(value[key]) for key in sorted(value, key=repr)}
     return [*map(_with_texts_as_keys, value)] if isinstance(value, (list, tuple)) else value
 
 
