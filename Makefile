@@ -12,16 +12,17 @@
 
 PROFILE ?= quick
 PIN ?= requirements.lock
-VENV ?= .venv
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+VENV = .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c '$(HAS_WHEEL)' 2> /dev/null && echo $$p && exit; done; echo python3)
 # TensorFlow has wheels for 64-bit CPython 3.10 to 3.13, and none for Macs with an Intel processor.
 HAS_WHEEL = import platform as p, sys, sysconfig as s; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 13) \
 	and sys.maxsize > 2**32 and p.python_implementation() == "CPython" and not s.get_config_var("Py_GIL_DISABLED") \
 	and (p.system(), p.machine()) != ("Darwin", "x86_64")))
-BIN := $(if $(wildcard $(VENV)/Scripts),$(VENV)/Scripts,$(VENV)/bin)
+SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := $(VENV)/$(SCRIPTS)
 READY := $(VENV)/ready-$(notdir $(PIN))
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(PIN),--constraint $(PIN))
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(PIN),--constraint $(PIN),--upgrade --upgrade-strategy eager)
 
 .PHONY: run lab colab badges html test floor refresh clean
 .DELETE_ON_ERROR:
@@ -51,11 +52,14 @@ test: $(READY)-test
 	@$(if $(WITH),$(INSTALL) $(WITH))
 	@CLR_PROFILE=smoke CLR_SYNTHETIC=always $(BIN)/python -m pytest -n 2 --dist loadfile $(SLOW) $(ARGS)
 
+floor: FLOOR = .venv-floor/$(SCRIPTS)/python
 floor:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info > (3, 13))' || { echo "The lowest versions have no wheels for" \
+		"$(PYTHON): they need Python 3.10 to 3.12, as in make floor PYTHON=python3.12"; exit 1; }
 	@mkdir -p build && sed -n 's/>=\([0-9.]*\).*/==\1.*/p' requirements.txt > build/floor.txt
 	@$(MAKE) --no-print-directory .venv-floor/ready-floor.txt VENV=.venv-floor PIN=build/floor.txt
-	@.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/floor.txt pytest hypothesis
-	@CLR_PROFILE=smoke CLR_SYNTHETIC=always .venv-floor/bin/python -m pytest -o addopts= tests/test_exercises.py \
+	@$(FLOOR) -m pip install --quiet --disable-pip-version-check --constraint build/floor.txt pytest hypothesis
+	@CLR_PROFILE=smoke CLR_SYNTHETIC=always $(FLOOR) -m pytest -o addopts= tests/test_exercises.py \
 		'tests/test_experiments.py::test_code_of_a_network_with_branches_and_batchnorm_is_the_same_with_every_version_of_keras'
 
 refresh: $(READY)
@@ -68,8 +72,9 @@ $(READY): requirements.txt $(PIN)
 	@$(PYTHON) -c '$(HAS_WHEEL)' 2> /dev/null || { echo "$(PYTHON) will not do: TensorFlow runs on 64-bit CPython 3.10 to 3.13" \
 		"(not on Macs with an Intel processor). Install one of these, then for example: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@echo "Installing into $(VENV), once: about 2 GB on disk, some minutes ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(INSTALL) --requirement requirements.txt
+	@rm -f $(VENV)/ready-*  # of other versions, which are gone now
 	@touch $@
 
 $(READY)-html: $(READY) tools/html/requirements.txt

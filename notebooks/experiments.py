@@ -174,7 +174,7 @@ def _find(files, trouble):
     if folder := os.environ.get("CLR_DATA_DIR"):
         path = pathlib.Path(folder).expanduser() / f"{files.name}.npz"
         hint = "Correct it, or unset it to use the Keras cache."
-        _require(path.parent.is_dir(), f"CLR_DATA_DIR={folder!r} is no folder. {hint}")
+        _require(path.parent.is_dir(), f"CLR_DATA_DIR={folder!r} is no folder, seen from {os.getcwd()}. {hint}")
         if path.exists():
             return _read(path, files, f"CLR_DATA_DIR ({path.name})")
         trouble.append(f"CLR_DATA_DIR has no {path.name}.")
@@ -778,22 +778,12 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
         ValueError: for arguments outside these limits, before anything is trained.
     """
     data, runs, seeds = _checked_data(data), _checked_runs(runs), _checked_seeds(seeds)
-    path, keys = _results_file(_output_folder(), experiment), {}
-    of_all = {"experiment": experiment, "profile": profile(), "data": data.source, "data_checksum": data.checksum}
+    path, codes = _results_file(_output_folder(), experiment), {}
     for run, (code, model) in zip(runs, _codes_and_models(runs, len(data.train[0]), len(data.test[0]), data.part)):
         _check_model(run, model, data, settled)
-        keys |= {(run.name, seed): {**of_all, "run": run.name, "code": code, "seed": seed} for seed in seeds}
-    asked = {name for name, wanted in (("every_epoch", every_epoch), ("settled_accuracy", settled)) if wanted}
-
-    def recorded():
-        lines = [(keys.get((line.get("run"), line["seed"])), line) for line in _lines_of(path)]
-        return {
-            (line["run"], line["seed"]): line
-            for key, line in lines
-            if key and key.items() <= line.items() and asked <= line.keys()
-        }
-
-    done = recorded()
+        codes[run.name] = code
+    keys, asked = _keys_of(experiment, codes, seeds, data), _asked_for(every_epoch, settled)
+    done = _recorded(path, keys, asked)
     quiet = "TQDM_DISABLE" in os.environ  # in a notebook tqdm does not look there itself
     with tqdm(desc=experiment, unit="run", total=len(keys), initial=len(done), leave=False, disable=quiet) as progress:
         for seed, run in itertools.product(seeds, runs):
@@ -802,7 +792,7 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
                 continue
             checkpoint = _checkpoint_file(keys[name], asked)
             with contextlib.suppress(Timeout), FileLock(f"{checkpoint}.lock", timeout=-1 if wait else 0):
-                done = recorded()  # another process may have trained it in the meantime
+                done = _recorded(path, keys, asked)  # another process may have trained it in the meantime
                 if name not in done:
                     result = _train(run, seed, data, every_epoch, settled, checkpoint)
                     done[name] = {**run.notes, **keys[name], **result}
@@ -811,6 +801,34 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
                 progress.set_postfix_str(f"{run.name}, seed {seed}: {100 * done[name]['test_accuracy']:.2f}%")
                 progress.update()
     return pd.DataFrame([done[run.name, seed] for seed in seeds for run in runs if (run.name, seed) in done])
+
+
+def is_recorded(experiment, run, seed, data, *, every_epoch=False, settled=False):
+    """Whether `run_experiment` would find this run and seed in its results file, and train nothing."""
+    data, codes = _checked_data(data), {run.name: code_of(run, len(data.train[0]), len(data.test[0]), data.part)}
+    keys = _keys_of(experiment, codes, [seed], data)
+    return bool(_recorded(_results_file(_output_folder(), experiment), keys, _asked_for(every_epoch, settled)))
+
+
+def _keys_of(experiment, codes, seeds, data):
+    """{(run, seed): the items by which its line is known}, for {run: code}."""
+    of_all = {"experiment": experiment, "profile": profile(), "data": data.source, "data_checksum": data.checksum}
+    return {(r, seed): {**of_all, "run": r, "code": code, "seed": seed} for r, code in codes.items() for seed in seeds}
+
+
+def _asked_for(every_epoch, settled):
+    """The items that only some lines have."""
+    return {name for name, wanted in (("every_epoch", every_epoch), ("settled_accuracy", settled)) if wanted}
+
+
+def _recorded(path, keys, asked):
+    """{(run, seed): its line} of those in the results file, the last of each."""
+    lines = [(keys.get((line.get("run"), line["seed"])), line) for line in _lines_of(path)]
+    return {
+        (line["run"], line["seed"]): line
+        for key, line in lines
+        if key and key.items() <= line.items() and asked <= line.keys()
+    }
 
 
 def record(experiment, ways, seeds, data, *, wait=True):

@@ -168,18 +168,20 @@ def main():
     parser.add_argument("--write", action="store_true", help=f"with --all: keep the rows in {TABLE.relative_to(ROOT)}")
     parser.add_argument("--json", action="store_true", help="the last line of the output is the result")
     options = parser.parse_args()
+    if options.write and (not options.all or options.network):
+        parser.error("--write keeps all backends and networks: give --all and no --network")
     if not options.all:
         rows = measure(options.rounds, options.network)
     else:
         rows = []
         for backend in ("tensorflow", "jax", "torch"):
             command = [sys.executable, __file__, str(options.rounds), "--json"]
+            command += ["--network", options.network] if options.network else []
             done = subprocess.run(
                 command, env={**os.environ, "KERAS_BACKEND": backend}, stdout=subprocess.PIPE, text=True
             )
             if done.returncode:
-                print(f"{backend}: not timed, see above", file=sys.stderr)
-                continue
+                sys.exit(f"{backend}: not timed, see above")
             rows += json.loads(done.stdout.splitlines()[-1])
     print(table(rows))
     if options.json:

@@ -741,6 +741,8 @@ def main():
     parser.add_argument("--killed", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--process", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.write and not options.all or options.only and options.all:
+        parser.error("--write needs --all, and --only goes without it: the table has every feature on every backend")
     if options.killed:
         train_with_backup(new_model(CYCLING.new()), options.killed / "backup", KILLED_AT)
     elif options.process:
@@ -749,6 +751,9 @@ def main():
         results = on_every_backend()
         print(table(results))
         if options.write:
+            missing = [backend for backend, found in results.items() if found is None]
+            if missing:
+                sys.exit(f"Not written: {' and '.join(missing)} is not installed.")
             TABLE.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     else:
         results = on_this_backend(options.only, lambda line: print(line, flush=True))

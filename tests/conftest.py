@@ -1,12 +1,15 @@
 """Settings for all tests. They must be there before Keras is imported, and notebook kernels inherit them."""
 
+import atexit
 import os
-import pathlib
 import shutil
 import tempfile
 
-# What notebooks wrote in an earlier session of tests: runs found there would not be trained again.
-shutil.rmtree(pathlib.Path(tempfile.gettempdir()) / "clr-smoke", ignore_errors=True)
+# A folder of this session's own for what is trained: runs of an earlier one would not be trained again. Processes that
+# it starts (pytest-xdist's, notebook kernels) share it.
+if "CLR_OUTPUT_DIR" not in os.environ:
+    os.environ["CLR_OUTPUT_DIR"] = tempfile.mkdtemp(prefix="clr-tests-")
+    atexit.register(shutil.rmtree, os.environ["CLR_OUTPUT_DIR"], ignore_errors=True)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CLR_PROFILE", "smoke")
 os.environ.setdefault("CLR_SYNTHETIC", "always")

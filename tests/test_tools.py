@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -69,10 +70,29 @@ def test_in_place_trains_the_live_runs_anew(tmp_path, monkeypatch):
     live.touch()
     recorded.touch()
     monkeypatch.setattr(run_notebooks, "LIVE", live)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(os, "environ", {**os.environ, "CLR_PROFILE": "quick"})
     monkeypatch.setattr(sys, "argv", ["", "--in-place", str(write_notebook(tmp_path / "a.ipynb", "1"))])
     run_notebooks.main()
     assert not live.exists() and recorded.exists()
+
+
+def test_in_place_takes_no_outputs_of_the_smoke_profile(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLR_PROFILE", "smoke")
+    monkeypatch.setattr(sys, "argv", ["", "--in-place", str(write_notebook(tmp_path / "a.ipynb", "1"))])
+    with pytest.raises(SystemExit):
+        run_notebooks.main()
+    assert "smoke" in capsys.readouterr().err
+
+
+def test_folders_are_meant_as_seen_from_where_the_command_was_typed(tmp_path, build, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    code = "import os\nassert os.path.isdir(os.environ['CLR_DATA_DIR'])"
+    path = write_notebook(tmp_path / "notebooks" / "a.ipynb", code)
+    monkeypatch.setattr(os, "environ", {**os.environ, "CLR_DATA_DIR": "data"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["", str(path)])
+    run_notebooks.main()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
@@ -123,7 +143,8 @@ def trained(tmp_path, monkeypatch):
         (run,), (seed,) = runs, seeds
         if (experiment, run.name, seed) not in recorded:
             asked.append((experiment, run.name, seed))
-            recorded[experiment, run.name, seed] = pretend(run, seed, data)
+            line = {"experiment": experiment, "every_epoch": {}, "settled_accuracy": 0, **pretend(run, seed, data)}
+            recorded[experiment, run.name, seed] = line
             experiments._append_line(
                 experiments._results_file(tmp_path, experiment), recorded[experiment, run.name, seed]
             )
@@ -163,7 +184,7 @@ def test_the_small_network_has_a_second_search_and_a_control(rows, trained, monk
     assert control == [("1cycle at 1", 2), *((name, 0) for name in [*names, "1cycle at 1"])]
 
 
-def test_no_run_is_started_that_would_not_end_in_time(rows, trained, monkeypatch):
+def test_no_run_is_started_that_would_not_end_in_time(rows, trained, monkeypatch, tmp_path):
     now = [0.0]
     monkeypatch.setattr(train_rows.time, "monotonic", lambda: now[0])
     trainer, run_experiment = train_rows.Trainer(rows["images"], 100.0), experiments.run_experiment
@@ -179,6 +200,13 @@ def test_no_run_is_started_that_would_not_end_in_time(rows, trained, monkeypatch
     runs = rows["post_rows"](tiny(rows["POST"]))[:1]  # there with seed 0, which says nothing of seed 1
     with pytest.raises(train_rows.OutOfTime, match="CLR 0.1-3.5, seed 1"):
         trainer.train("04_post_network", runs, [0, 1], 50000)
+    # Recorded beside clr_utils.py, but not in the folder for this session's results: it would be trained anew.
+    monkeypatch.setattr(experiments, "ROOT", experiments._output_folder())
+    monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path / "new"))
+    late = train_rows.Trainer(rows["images"], 0.0)
+    late.speeds = trainer.speeds
+    with pytest.raises(train_rows.OutOfTime, match="CLR 0.1-3.5, seed 0"):
+        late.train("04_post_network", runs, [0], 50000)
 
 
 def test_what_another_process_is_training_is_looked_for_again(rows, trained, monkeypatch):
@@ -234,24 +262,31 @@ def test_the_command_follows_the_plan_of_each_size(rows, monkeypatch, which, siz
     assert asked == [rows[size] for size in sizes]
 
 
-def test_processes_share_the_cores_and_what_one_says_in_the_end_counts(monkeypatch):
-    started = []
+@pytest.mark.parametrize("status", [1, -9], ids=["failed", "killed"])
+def test_processes_share_the_cores_and_what_one_says_in_the_end_counts(monkeypatch, status):
+    started, handlers, terminated = [], {}, []
 
     class Started:
         def __init__(self, command, env):
-            self.number = len(started)
+            self.status = status * len(started)  # of the second
             started.append((command, env))
 
         def wait(self):
-            return self.number  # the second failed
+            if not terminated:
+                handlers[signal.SIGTERM](signal.SIGTERM, None)
+            return self.status
+
+        def terminate(self):
+            terminated.append(self)
 
     monkeypatch.setattr(train_rows.subprocess, "Popen", Started)
-    monkeypatch.setattr(train_rows.os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(train_rows.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(train_rows.os, "sched_getaffinity", lambda process: range(5), raising=False)
     monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "3")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     with pytest.raises(SystemExit) as exited:
         train_rows.main(["quick", "--minutes", "7", "--processes", "2"])
-    assert exited.value.code == 1 and len(started) == 2
+    assert exited.value.code == 1 and len(started) == len(terminated) == 2
     for command, environment in started:
         options = command[command.index(train_rows.__file__) + 1 :]
         assert options == ["quick", "--minutes", "7", "--processes", "2", "--processes", "1"]  # the last one counts

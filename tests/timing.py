@@ -11,6 +11,8 @@ def alternating(contestants, rounds, rehearse=True):
 
     rehearse: a round that is not counted comes first, in which they compile.
     """
+    if rounds < 2:
+        raise ValueError(f"rounds={rounds}: give two or more, quartiles take that many.")
     seconds = {name: [] for name in contestants}
     for round_number in range(-1 if rehearse else 0, rounds):
         turn = round_number % len(contestants)

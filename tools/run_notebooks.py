@@ -33,6 +33,12 @@ def main():
         if not path.is_file():
             parser.error(f"{path} is not there")
 
+    if options.in_place and os.environ.get("CLR_PROFILE") == "smoke":
+        parser.error("--in-place with CLR_PROFILE=smoke: what is committed comes from quick or full")
+
+    for name in ("CLR_DATA_DIR", "CLR_OUTPUT_DIR"):  # kernels start in the folder of their notebook
+        if os.environ.get(name):
+            os.environ[name] = str(pathlib.Path(os.environ[name]).expanduser().absolute())
     os.environ["TQDM_DISABLE"] = "1"  # bars are for those who watch; here they would stay in the outputs
     if options.in_place:
         os.environ["CLR_SYNTHETIC"] = "never"  # what is committed comes from real data
@@ -46,7 +52,8 @@ def main():
 
 
 def run(path, label, in_place):
-    """Executes one notebook. Returns whether every cell went through; in place, a failed run changes nothing."""
+    """Executes one notebook. Returns whether every cell went through; in place, a failed run leaves it as it was
+    (figures and results that its cells have written by then stay)."""
     notebook = nbformat.read(path, as_version=4)
     start = time.monotonic()
     profile = os.environ.get("CLR_PROFILE", "quick")

@@ -18,6 +18,7 @@ import linecache
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -60,7 +61,8 @@ def main(arguments=None):
 def start_together(processes, arguments):
     """Starts this command so many times, with one part of the cores each. Two trainings with one core each are faster
     than one with two, since the second core waits for the first now and then. Returns the exit status."""
-    threads = str(max(1, os.cpu_count() // processes))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = str(max(1, cores // processes))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TF_NUM_INTRAOP_THREADS": threads}
     # So two trainings of the post's network do 187 images/s each in place of 168 (two cores of a Xeon with AMX): no
     # operations side by side within one, and glibc keeps freed memory for the next tensor, in huge pages.
@@ -69,10 +71,12 @@ def start_together(processes, arguments):
     environment = {"TF_NUM_INTEROP_THREADS": "1", "GLIBC_TUNABLES": keep} | environment
     command = [sys.executable, __file__, *arguments, "--processes", "1"]
     started = [subprocess.Popen(command, env=environment) for _ in range(processes)]
+    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in started])
     try:
-        return max(process.wait() for process in started)
+        ended = [process.wait() for process in started]
     except KeyboardInterrupt:
-        return max(process.wait() for process in started)  # they were interrupted too, and keep their checkpoints
+        ended = [process.wait() for process in started]  # they were interrupted too, and keep their checkpoints
+    return int(any(ended))  # one that was killed has a negative status
 
 
 def definitions(notebook):
@@ -137,13 +141,12 @@ class Trainer:
         return self.gather(experiment, names, lambda way, seed: self.record_one(experiment, way, ways[way], seed, data))
 
     def train_one(self, experiment, run, seed, data, **options):
-        from experiments import read_results, run_experiment
+        from experiments import is_recorded, run_experiment
 
-        sizes = len(data.train[0]), len(data.test[0]), data.part
-        work, start = run.epochs * sizes[0], time.monotonic()
+        work, start = run.epochs * len(data.train[0]), time.monotonic()
         speed = self.speeds.get(run.batch_size, min(self.speeds.values(), default=math.inf))
         late = start + work / speed > self.end
-        if late and seed not in set(read_results(experiment, [run], *sizes)["seed"]):
+        if late and not is_recorded(experiment, run, seed, data, **options):
             raise OutOfTime(f"No time for {experiment}: {run.name}, seed {seed}")
         found = run_experiment(experiment, [run], [seed], data, wait=False, **options)
         seconds = time.monotonic() - start
