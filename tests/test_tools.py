@@ -180,7 +180,8 @@ def test_the_small_network_has_a_second_search_and_a_control(rows, trained, monk
     again = [run for experiment, run, seed in trained if experiment == "04_cifar_tuning" and seed == 1001]
     assert {run.split(",")[0] for run in again} == set(rows["WAYS"])
     control = [run[1:] for run in trained if " at " in run[1]]
-    names = ["step decay at 0.3" + length for length in ("", ", 2 epochs", ", 1 epoch", ", 8 epochs")]
+    lengths = ("", ", 2 epochs", ", 1 epoch", ", 8 epochs")
+    names = [way + length for way in ("step decay at 0.3", "linear decay at 0.1") for length in lengths]
     assert control == [("1cycle at 1", 2), *((name, 0) for name in [*names, "1cycle at 1"])]
 
 
