@@ -56,11 +56,12 @@ elif keras.backend.backend() == "tensorflow":
     processes, me, devices, on_all_devices = 1, 0, strategy.num_replicas_in_sync, strategy.scope()
 else:
     parser.error(f"KERAS_BACKEND={keras.backend.backend()}: it can be tensorflow or jax")
-if options.batch_size % processes:
-    parser.error(f"--batch-size {options.batch_size}: it must divide among {processes} processes")
+if options.batch_size % devices:
+    parser.error(f"--batch-size {options.batch_size}: it must divide among {devices} devices")
 
 # The same images in the same order, however many share the work: each process takes its rows.
-(images, labels), share = experiments.load_mnist().train, options.batch_size // processes
+mnist, share = experiments.load_mnist(), options.batch_size // processes
+images, labels = mnist.train
 order = np.random.default_rng(0).permutation(len(images))
 order = np.resize(order, (options.updates, processes, share))[:, me].ravel()
 
@@ -84,7 +85,7 @@ if me == 0:
     seconds, loss = time.perf_counter() - start, history.history["loss"][-1]
     print(
         f"{keras.backend.backend()}, processes: {processes}, devices: {devices}; {options.updates} "
-        f"updates of {options.batch_size} images in {seconds:.1f} s, loss {loss:.5f}"
+        f"updates of {options.batch_size} {mnist.source} images in {seconds:.1f} s, loss {loss:.5f}"
     )
     if options.save:
         np.savez(options.save, *model.get_weights())
