@@ -302,6 +302,9 @@ def test_benchmarks_take_turns_and_compare_within_a_round():
     assert "".join(calls) == "cab" + "abc" + "bca" + "cab"  # the first round is the rehearsal
     assert list(seconds) == list(contestants) and all(len(times) == 3 for times in seconds.values())
     assert timing.ratio([2.0, 9.0, 8.0], [1.0, 3.0, 8.0])[1] == 2  # not 8 / 3, of the medians
+    with pytest.raises(ValueError, match="two or more"):
+        timing.alternating({"a": calls.clear}, 1)
+    assert calls  # nothing was measured
 
 
 def test_operations_of_a_training_step():
