@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import subprocess
@@ -265,37 +266,76 @@ def test_the_command_follows_the_plan_of_each_size(rows, monkeypatch, which, siz
     assert asked == [rows[size] for size in sizes]
 
 
-@pytest.mark.parametrize("status", [1, -9], ids=["failed", "killed"])
-def test_processes_share_the_cores_and_what_one_says_in_the_end_counts(monkeypatch, status):
-    started, handlers, terminated = [], {}, []
+class Started:
+    """In place of a process that `train_rows` starts."""
 
-    class Started:
-        def __init__(self, command, env):
-            self.status = status * len(started)  # of the second
-            started.append((command, env))
+    def __init__(self, command, env):
+        self.command, self.environment, self.terminated = command, env, False
+        Started.all.append(self)
 
-        def wait(self):
-            if not terminated:
-                handlers[signal.SIGTERM](signal.SIGTERM, None)
-            return self.status
+    def wait(self):
+        return Started.statuses[Started.all.index(self)]
 
-        def terminate(self):
-            terminated.append(self)
+    def terminate(self):
+        self.terminated = True
 
+
+@pytest.fixture
+def handlers(monkeypatch):
+    """The signal handlers that are set; processes are not started but kept in Started.all."""
+    handlers = {}
     monkeypatch.setattr(train_rows.subprocess, "Popen", Started)
     monkeypatch.setattr(train_rows.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(Started, "all", [], raising=False)
+    return handlers
+
+
+@pytest.mark.parametrize("status", [0, 1, -9], ids=["ended", "failed", "killed"])
+def test_processes_share_the_cores_and_what_one_says_in_the_end_counts(handlers, monkeypatch, status):
+    monkeypatch.setattr(Started, "statuses", [0, status], raising=False)
     monkeypatch.setattr(train_rows.os, "sched_getaffinity", lambda process: range(5), raising=False)
     monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "3")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     with pytest.raises(SystemExit) as exited:
         train_rows.main(["quick", "--minutes", "7", "--processes", "2"])
-    assert exited.value.code == 1 and len(started) == len(terminated) == 2
-    for command, environment in started:
-        options = command[command.index(train_rows.__file__) + 1 :]
+    assert exited.value.code == int(status != 0) and len(Started.all) == 2
+    for process in Started.all:
+        options = process.command[process.command.index(train_rows.__file__) + 1 :]
         assert options == ["quick", "--minutes", "7", "--processes", "2", "--processes", "1"]  # the last one counts
+        environment = process.environment
         assert environment["OMP_NUM_THREADS"] == environment["TF_NUM_INTRAOP_THREADS"] == "2"
         assert environment["TF_NUM_INTEROP_THREADS"] == "3"  # as asked
         assert "mmap_threshold" in environment["GLIBC_TUNABLES"]
+
+
+@pytest.mark.parametrize("when", ["wait", "__init__"], ids=["while they train", "while they are started"])
+def test_what_stops_the_command_stops_all_its_processes(handlers, monkeypatch, when):
+    act = getattr(Started, when)
+
+    def stopped(process, *arguments, **options):
+        if len(Started.all) == (1 if when == "__init__" else 2):  # before the second is there
+            handlers[signal.SIGTERM](signal.SIGTERM, None)
+        return act(process, *arguments, **options)
+
+    monkeypatch.setattr(Started, when, stopped)
+    with pytest.raises(SystemExit) as exited:
+        train_rows.main(["quick", "--processes", "2"])
+    assert exited.value.code == 1 and all(process.terminated for process in Started.all)
+    assert len(Started.all) == (1 if when == "__init__" else 2)
+
+
+@pytest.mark.parametrize(
+    "script, options, says",
+    [
+        ("notebooks/05_data_parallel.py", "--devices 2 --batch-size 3", "3: it must divide among 2 devices"),
+        ("tests/bench_update.py", "--write", "give --all and no --network"),
+        ("tests/bench_update.py", "--write --all --network 'MNIST network'", "give --all and no --network"),
+    ],
+)
+def test_scripts_refuse_what_they_cannot_do(script, options, says):
+    command = [sys.executable, ROOT / script, *shlex.split(options)]
+    refused = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"KERAS_BACKEND": "tensorflow"})
+    assert refused.returncode == 2 and says in refused.stderr
 
 
 def test_benchmarks_take_turns_and_compare_within_a_round():

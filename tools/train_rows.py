@@ -70,12 +70,17 @@ def start_together(processes, arguments):
     keep = ":".join(f"glibc.malloc.{name}={value}" for name, value in malloc.items())
     environment = {"TF_NUM_INTEROP_THREADS": "1", "GLIBC_TUNABLES": keep} | environment
     command = [sys.executable, __file__, *arguments, "--processes", "1"]
-    started = [subprocess.Popen(command, env=environment) for _ in range(processes)]
-    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in started])
+    started = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
+        for _ in range(processes):
+            started.append(subprocess.Popen(command, env=environment))
         ended = [process.wait() for process in started]
     except KeyboardInterrupt:
         ended = [process.wait() for process in started]  # they were interrupted too, and keep their checkpoints
+    finally:
+        for process in started:
+            process.terminate()  # of no effect on one that has ended
     return int(any(ended))  # one that was killed has a negative status
 
 
