@@ -167,12 +167,11 @@ STEP_FUNCTIONS["one_cycle_cosine"] = functools.partial(one_cycle, shape="cosine"
 
 
 def _check_run(shares, final, shape, shapes):
-    if not (min(shares.values()) >= 0 and sum(shares.values()) <= 1 and 0 <= final <= 1 and shape in shapes):
-        given = ", ".join(f"{name}={value!r}" for name, value in {**shares, "final": final, "shape": shape}.items())
-        raise ValueError(
-            f"{given}: {' and '.join(shares)} are shares of the run, each at least 0 and together at most 1; final is "
-            f"in [0, 1], a fraction of bounds[0]; shape is one of {', '.join(shapes)}."
-        )
+    fits = min(shares.values()) >= 0 and sum(shares.values()) <= 1 and 0 <= final <= 1 and shape in shapes
+    given = ", ".join(f"{name}={value!r}" for name, value in {**shares, "final": final, "shape": shape}.items())
+    hint = f"final is in [0, 1], a fraction of bounds[0]; shape is one of {', '.join(shapes)}."
+    are = f"{' and '.join(shares)} are shares of the run, each at least 0 and together at most 1"
+    _require(fits, f"{given}: {are}; {hint}")
 
 
 def _numbers_of(iteration):
@@ -183,7 +182,7 @@ def _numbers_of(iteration):
             raise ValueError(f"iteration={iteration!r}: updates are counted in whole numbers from 0; pass integers.")
         return np, iteration.astype(np.int64)
     iteration = ops.convert_to_tensor(iteration)
-    if "int" not in keras.backend.standardize_dtype(iteration.dtype):
+    if keras.backend.standardize_dtype(iteration.dtype) not in ("int32", "int64"):  # others overflow
         iteration = ops.cast(iteration, "int32")
     return ops, iteration
 
@@ -444,11 +443,8 @@ def _resolve_step_function(step_function):
         return functools.partial(_resolve_step_function(step_function["name"]), **step_function["arguments"])
     if isinstance(step_function, str):
         found = STEP_FUNCTIONS.get(step_function) or keras.saving.get_registered_object(step_function)
-        if found is None:
-            raise ValueError(
-                f"step_function={step_function!r} is not known. Known: {', '.join(STEP_FUNCTIONS)}. Pass one of your "
-                "own itself, or decorate it with @keras.saving.register_keras_serializable() before loading the model."
-            )
+        hint = "Pass one of your own itself, or decorate it with @keras.saving.register_keras_serializable() before"
+        _require(found, f"{step_function=} is not known. Known: {', '.join(STEP_FUNCTIONS)}. {hint} loading.")
         return found
     try:
         inspect.signature(step_function).bind(0, (0.0, 1.0), 1)
@@ -467,11 +463,9 @@ def _describe_step_function(step_function):
     if isinstance(step_function, functools.partial) and not step_function.args:
         return {"name": _describe_step_function(step_function.func), "arguments": dict(step_function.keywords)}
     name = keras.saving.get_registered_name(step_function) if hasattr(step_function, "__name__") else None
-    if name is None or keras.saving.get_registered_object(name) is not step_function:
-        raise ValueError(
-            f"step_function={step_function!r} cannot be saved, because Keras would not find it when loading. Decorate "
-            f"it with @keras.saving.register_keras_serializable(), or use a name: {', '.join(STEP_FUNCTIONS)}."
-        )
+    known = name is not None and keras.saving.get_registered_object(name) is step_function
+    hint = f"it with @keras.saving.register_keras_serializable(), or use a name: {', '.join(STEP_FUNCTIONS)}."
+    _require(known, f"{step_function=} cannot be saved, because Keras would not find it when loading. Decorate {hint}")
     return name
 
 
@@ -497,10 +491,14 @@ def _checked_momentum_bounds(momentum_bounds):
     return at_low, at_high
 
 
+def _is_whole(value, low=1):
+    return isinstance(value, numbers.Integral) and low <= value < 2**30  # twice it fits the int32 counter of JAX, torch
+
+
 def _checked_steps(steps):
     whole = isinstance(steps, numbers.Real) and not isinstance(steps, bool) and steps == steps // 1
-    if not whole or not 1 <= steps < 2**30:  # two of them must fit the int32 counter of JAX and torch
-        raise ValueError(f"{steps=}: give the updates in half a cycle, a whole number of at least 1 (and below 2**30).")
+    hint = "give the updates in half a cycle, a whole number of at least 1 (and below 2**30)."
+    _require(whole and _is_whole(int(steps)), f"{steps=}: {hint}")
     return int(steps)
 
 
@@ -518,7 +516,7 @@ def settle_batch_norm(model, x, batch_size=128):
 
     Args:
         model: a built keras.Model, run eagerly if it has run_eagerly. Of a BatchNorm called twice the last call counts.
-        x: training inputs, an array (samples, ...), taken in their order; some thousand samples will do.
+        x: training inputs, an array (samples, ...) or several in a list, tuple or dict; some thousand samples will do.
         batch_size: samples of a batch, as in the training; what is left at the end is not used.
 
     Raises:
@@ -527,17 +525,22 @@ def settle_batch_norm(model, x, batch_size=128):
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     layers = {layer: layer.momentum for layer in layers if layer.trainable and layer.built}
     _require(layers, f"model {model.name!r} has no trainable BatchNormalization that is built: nothing to settle.")
-    _require(len(x) >= batch_size, f"x holds {len(x)} samples, less than one batch of {batch_size}: give more of them.")
+    renorm = [layer.name for layer in layers if getattr(layer, "renorm", False)]  # these keep a third statistic
+    _require(not renorm, f"{', '.join(renorm)}: a layer with renorm=True cannot be settled.")
+    _require(_is_whole(batch_size), f"{batch_size=}: give a whole number of at least 1.")
+    x, size = _arrays_and_size(_as_batch((x,))[0], "x")
+    _require(size >= batch_size, f"x holds {size} samples, less than one batch of {batch_size}: give more of them.")
     statistics = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
-    means, kept = [0.0] * len(statistics), [(v, _value_of(v)) for v in [*model.variables, *model.metrics_variables]]
+    means, kept = [0.0] * len(statistics), [(v, _value_of(v)) for v in _all_variables(model)]
     try:
         for layer in layers:
             layer.momentum = 0.0  # the running statistics are now those of the last batch; 0 times inf would be NaN
         _assign(statistics, [np.nan_to_num(_value_of(v).astype(float), posinf=0, neginf=0) for v in statistics])
         forward = _forward_in_training(model)
         with _random_states_kept():
-            for k in range(len(x) // batch_size):
-                forward(_as_array(x[k * batch_size : (k + 1) * batch_size]))
+            for k in range(size // batch_size):
+                batch = slice(k * batch_size, (k + 1) * batch_size)
+                forward(tree.map_structure(lambda a, batch=batch: a[batch], x))
                 means = [mean + (_value_of(v) - mean) / (k + 1) for mean, v in zip(means, statistics)]
         kept += zip(statistics, means)  # assigned last
     finally:
@@ -565,6 +568,12 @@ def _forward_in_training(model):
 def _assign(variables, values):
     for variable, value in zip(variables, values):
         variable.assign(value)
+
+
+def _all_variables(model):
+    """A model's, and its metrics': also those of a keras.Model within it, which model.metrics leaves out."""
+    metrics = [*model.metrics, *(metric for layer in model._flatten_layers() for metric in layer._metrics)]
+    return [*model.variables, *(v for metric in metrics for v in metric.variables)]
 
 
 def _value_of(variable):
@@ -602,8 +611,9 @@ def lr_range_test(
     Afterwards everything is as before, whatever ended the test, an exception or Ctrl-C included: weights, BatchNorm,
     dropout seeds, optimizer, metrics, compiled functions, history, and the random states of Python, NumPy, Keras and
     the backend. A `fit` after it gives the same bits as one without it. (What was not built is built, and stays so.)
-    Only the data cannot be put back: a generator goes on where the test left it, and a tf.data shuffle counts its
-    passes in the dataset object. Source: Smith 2017, arXiv:1506.01186, section 3.3, and arXiv:1803.09820, section 4.1.
+    Only the data cannot be put back (a generator goes on where the test left it, a tf.data shuffle counts its passes in
+    the dataset object), nor what Keras does not know of, such as a tf.Variable in a layer.
+    Source: Smith 2017, arXiv:1506.01186, section 3.3, and arXiv:1803.09820, section 4.1.
 
     Args:
         model: a compiled keras.Model, trained as it stands, by a copy of its optimizer with new slots.
@@ -652,6 +662,7 @@ def _sweep(model, batches, schedule, class_weight, validation, asked):
         if int(keras.version().split(".")[1]) < 15:  # where train_on_batch reports the mean since the last reset
             model.reset_metrics()
         logs = model.train_on_batch(*batch, class_weight=class_weight, return_dict=True)
+        _require("loss" in logs, f"The model reports {', '.join(logs)}: give the metric of its loss the name 'loss'.")
         if not math.isfinite(of_batch := float(logs["loss"])):  # of a tensor where all is bfloat16
             when = f"update {step}" if step else "the very first update: look at the model and its data"
             stopped, diverged_at = f"The loss was {of_batch} at {when}.", rate if step else None
@@ -827,11 +838,13 @@ def _sweep_optimizer(optimizer, schedule, momentum):
     initialised anew, and what has been set besides is carried over, except variables, which `build` makes.
     """
     kind, base = type(optimizer), keras.optimizers.Optimizer
-    _require(not hasattr(optimizer, "optimizers"), f"{kind.__name__} has several learning rates: compile with one.")
-    if hasattr(optimizer, "inner_optimizer"):  # LossScaleOptimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         scale = float(ops.convert_to_numpy(optimizer.dynamic_scale)) if optimizer.built else optimizer.initial_scale
         inner = _sweep_optimizer(optimizer.inner_optimizer, schedule, momentum)
         return kind(inner, scale, dynamic_growth_steps=optimizer.dynamic_growth_steps, name=optimizer.name)
+    parts = tree.flatten([*vars(optimizer).values()])
+    held = hasattr(optimizer, "optimizers") or any(isinstance(part, base) for part in parts)
+    _require(not held, f"{kind.__name__} holds other optimizers, with learning rates of their own: compile with one.")
     settings = {name: getattr(optimizer, name) for name in base(0.1, name="").get_config() if name != "learning_rate"}
     twin = object.__new__(kind)
     if isinstance(optimizer, CLR):
@@ -858,7 +871,9 @@ def _compiled_for_a_while(model, optimizer):
     given |= {"jit_compile": model.jit_compile, "run_eagerly": model.run_eagerly}
     metrics = tree.flatten([given["metrics"], given["weighted_metrics"]])  # maybe not in model.metrics yet
     metrics = [metric for metric in metrics if isinstance(metric, keras.metrics.Metric)]
-    variables = [*model.variables, *(v for metric in [*model.metrics, *metrics] for v in metric.variables)]
+    variables = [*_all_variables(model), *(v for metric in metrics for v in metric.variables)]
+    inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # the copy draws from its generators
+    variables += [v.state for v in vars(inner).values() if isinstance(v, keras.random.SeedGenerator)]
     values = [_value_of(v) for v in variables]
     try:
         keras.Model.compile(model, **given)  # not a `compile` of the model's class
@@ -920,8 +935,8 @@ def _batches(x, y, sample_weight, batch_size, rng):
     if (hasattr(x, "__array__") or isinstance(x, (list, tuple, dict))) and not of_batches:
         yield from _batches_of_arrays(_as_batch((x, y, sample_weight)), batch_size, rng)
         return
-    if y is not None or sample_weight is not None:
-        raise ValueError(f"x={type(x).__name__} has batches (x, y, sample_weight): leave out y and sample_weight.")
+    hint = "is read as batches (x, y, sample_weight): leave out y and sample_weight, or give x as an array."
+    _require(y is None and sample_weight is None, f"x={type(x).__name__} {hint}")
     pydataset = isinstance(x, keras.utils.PyDataset)
     if not (pydataset or hasattr(x, "__iter__")):
         raise TypeError(f"x={type(x).__name__}: give arrays, a tf.data.Dataset, a PyDataset or an iterable of batches.")
@@ -937,16 +952,21 @@ def _batches(x, y, sample_weight, batch_size, rng):
 
 
 def _batches_of_arrays(arrays, batch_size, rng):
-    arrays = tree.map_structure(_as_array, arrays)
-    shapes = [a.shape for a in tree.flatten(arrays) if a is not None]
-    if () in shapes or len({shape[0] for shape in shapes}) != 1:
-        raise ValueError(f"The shapes of x, y, sample_weight are {shapes}: the first axis must count the same samples.")
-    size = shapes[0][0]
+    arrays, size = _arrays_and_size(arrays, "x, y, sample_weight")
     while size:
         order = rng.permutation(size)
         for start in range(0, max(size - batch_size, 0) + 1, batch_size):
             chosen = order[start : start + batch_size]
             yield tree.map_structure(lambda a, chosen=chosen: None if a is None else a[chosen], arrays)
+
+
+def _arrays_and_size(data, names):
+    """The arrays of any structure of them, and how many samples they hold."""
+    arrays = tree.map_structure(_as_array, data)
+    shapes = [a.shape for a in tree.flatten(arrays) if a is not None]
+    if () in shapes or len({shape[0] for shape in shapes}) != 1:
+        raise ValueError(f"The shapes of {names} are {shapes}: give arrays whose first axes count the same samples.")
+    return arrays, shapes[0][0]
 
 
 def _as_array(a):  # with floats as `fit` has them
@@ -961,20 +981,21 @@ def _as_batch(batch):
 
 
 def _build(model, batch):
-    """Builds what is not built, as `fit` does, from a batch of symbols: no state is moved. Checks that it can train."""
+    """Builds what is not built, in the order of `fit`, and moves no state. Checks that it can train."""
     _require(batch is not None, "The data has not a single batch: there is nothing to train on.")
     if batch[1] is None and model.loss is not None and type(model).compute_loss is keras.Model.compute_loss:
         raise ValueError("The loss of the model needs labels: give x and y (and sample_weight=), or batches (x, y).")
-    if not (model.built and all(layer.built for layer in model.layers)):
-        dtype_of = keras.backend.standardize_dtype
-        model(tree.map_structure(lambda a: keras.KerasTensor(tuple(a.shape), dtype_of(a.dtype)), batch[0]))
+    if not all(layer.built for layer in model._flatten_layers()):
+        tensors = tree.map_structure(ops.convert_to_tensor, batch[0])
+        dtype = keras.backend.standardize_dtype
+        model(tree.map_structure(lambda a: keras.KerasTensor(a.shape, dtype(a.dtype)), tensors))
+        if model._call_has_training_arg and not all(layer.built for layer in model._flatten_layers()):
+            with keras.StatelessScope():
+                model(tensors, training=True)  # with layers that only the training has
     _require(model.trainable_variables, f"model {model.name!r} has no trainable variables: nothing would change.")
 
 
 def _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing, momentum, validation_data):
-    def within(value, kind, low, high):
-        return isinstance(value, kind) and low <= value < high
-
     if not isinstance(model, keras.Model):
         raise TypeError(f"model={model!r}: give a compiled keras.Model.")
     _require(model.compiled and model.optimizer, "The model is not compiled: call model.compile(optimizer, loss).")
@@ -983,10 +1004,10 @@ def _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing
     replicas = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
     _require(replicas == 1, "The model is under a tf.distribute strategy: test a copy built outside of its scope.")
     _require(sweep in ("exponential", "linear"), f"{sweep=}: it can be 'exponential' or 'linear'.")
-    _require(within(num_steps, numbers.Integral, 10, 2**24), f"{num_steps=}: give a whole number of at least 10.")
-    _require(within(batch_size, numbers.Integral, 1, math.inf), f"{batch_size=}: give a whole number of at least 1.")
+    _require(_is_whole(num_steps, 10), f"{num_steps=}: give a whole number of at least 10.")
+    _require(_is_whole(batch_size), f"{batch_size=}: give a whole number of at least 1.")
     _require(isinstance(stop_factor, numbers.Real) and stop_factor > 1, f"{stop_factor=}: give a number above 1.")
-    _require(momentum is None or within(momentum, numbers.Real, 0, 1), f"{momentum=}: give a number in [0, 1).")
+    _require(momentum is None or 0 <= _pair([momentum] * 2)[0] < 1, f"{momentum=}: give a number in [0, 1).")
     _require(not hasattr(validation_data, "__next__"), "validation_data can be read once only: give (x, y), a dataset.")
     smooth([], smoothing)  # its check
 
@@ -1007,8 +1028,7 @@ class LossPerUpdate(keras.callbacks.Callback):
     """Keeps the loss of every update in `losses`. Resets metrics (Keras reports running means) before each batch."""
 
     def on_train_begin(self, logs=None):
-        if (self.model.steps_per_execution or 1) != 1:
-            raise ValueError("LossPerUpdate needs compile(steps_per_execution=1): else it sees one update in many.")
+        _require((self.model.steps_per_execution or 1) == 1, "LossPerUpdate needs compile(steps_per_execution=1).")
         self.losses = []
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -1112,8 +1132,7 @@ def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ti
     """
     if quantity not in ("learning rate", "momentum") or (quantity == "momentum" and isinstance(schedule, CyclicalLR)):
         raise ValueError(f"quantity={quantity!r}: it can be 'learning rate' or, but for a CyclicalLR, 'momentum'.")
-    if not isinstance(updates, numbers.Integral) or updates < 1:
-        raise ValueError(f"updates={updates!r}: give a whole number of updates to draw, at least 1.")
+    _require(_is_whole(updates), f"{updates=}: give a whole number of updates to draw, at least 1.")
     if isinstance(schedule, CLR):
         schedule = schedule.learning_rate_at if quantity == "learning rate" else schedule.momentum_at
     elif isinstance(schedule, CyclicalLR):
@@ -1138,8 +1157,7 @@ def plot_training(loss, learning_rate, momentum=None, *, smoothing=0.97, title=N
     above = {"learning\nrate": learning_rate, "momentum": momentum}
     above = {name: values for name, values in above.items() if values is not None}
     shapes = [np.shape(values) for values in (loss, *above.values())]
-    if set(shapes) != {(np.size(loss) or 1,)}:
-        raise ValueError(f"Shapes {shapes}: loss, learning_rate and momentum need one value for each update.")
+    _require(set(shapes) == {(np.size(loss) or 1,)}, f"Shapes {shapes}: each of them needs one value for each update.")
     smoothed, heights = smooth(loss, smoothing), [1] * len(above) + [2]
     axes = new_axes(len(heights), height=2.8 + 1.4 * len(above), heights=heights, title=title, axes=axes)
     for ax, name in zip(axes, above):

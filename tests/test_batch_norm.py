@@ -1,6 +1,8 @@
 """settle_batch_norm: running statistics estimated anew, and nothing else touched."""
 
 import experiments  # isort: skip  # imports Keras without TensorFlow's greeting, so it comes first
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -141,6 +143,34 @@ def test_metrics_that_layers_update_stay():
     assert float(value(counting.seen.result())) == before
 
 
+def test_metrics_of_a_model_within_the_model_stay():
+    class Within(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.seen = keras.metrics.Sum()
+
+        def call(self, x):
+            self.seen.update_state(1.0)
+            return x
+
+    within = Within()
+    model = keras.Sequential([keras.Input((4,)), within, keras.layers.BatchNormalization()])
+    before = float(value(within.seen.result()))
+    settle_batch_norm(model, X, 10)
+    assert float(value(within.seen.result())) == before
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+def test_a_model_may_have_several_inputs(kind):
+    norm = keras.layers.BatchNormalization()
+    inputs = {name: keras.Input((4,), name=name) for name in "ab"}
+    arrays = {"a": X.astype("float64"), "b": 2 * X}
+    outputs = norm(inputs["a"] + inputs["b"])
+    model = keras.Model(inputs if kind is dict else list(inputs.values()), outputs)
+    settle_batch_norm(model, arrays if kind is dict else kind(arrays.values()), 25)
+    np.testing.assert_allclose(value(norm.moving_mean), 3 * X[: len(X) // 25 * 25].mean(axis=0), rtol=1e-5)
+
+
 def test_weights_that_change_in_a_forward_pass_stay():
     dense = keras.layers.SpectralNormalization(keras.layers.Dense(4))
     model = keras.Sequential([keras.Input((4,)), dense, keras.layers.BatchNormalization()])
@@ -195,3 +225,16 @@ def test_what_cannot_be_settled_is_refused(layers, x, message):
         settle_batch_norm(keras.Sequential([keras.Input((4,)), *layers]), x, 16)
     with pytest.raises(ValueError, match="is built: nothing to settle"):
         settle_batch_norm(keras.Sequential([keras.layers.BatchNormalization()]), X, 16)
+
+
+def test_what_is_no_data_is_refused():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+    with pytest.raises(ValueError, match="batch_size=0: give a whole number of at least 1"):
+        settle_batch_norm(model, X, 0)
+    for x in (iter([X]), {"a": X, "b": X[:3]}):  # an iterable of batches, as of tf.data; unequal lengths
+        with pytest.raises(ValueError, match="shapes of x are"):
+            settle_batch_norm(model, x)
+    if "renorm" in inspect.signature(keras.layers.BatchNormalization).parameters:
+        renorm = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(renorm=True, name="third")])
+        with pytest.raises(ValueError, match="third: a layer with renorm=True"):
+            settle_batch_norm(renorm, X, 10)

@@ -320,6 +320,105 @@ def test_states_that_did_not_exist_do_not_come_into_being(monkeypatch):
     assert global_state.get_global_attribute("global_seed_generator") is None
 
 
+class Auxiliary(keras.Model):
+    """With a layer that only the training has."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.auxiliary = keras.layers.Dense(3), keras.layers.Dense(3)
+
+    def call(self, x, training=False):
+        return self.dense(x) + self.auxiliary(x) if training else self.dense(x)
+
+
+def around(model):
+    return keras.Sequential([keras.Input((6,)), model])
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("whole", [lambda model: model, around], ids=["whole", "within"])
+def test_layers_that_only_the_training_has_are_left_alone(whole, built):
+    def trained(tested):
+        keras.utils.set_random_seed(1)
+        model = compiled(keras.optimizers.SGD(0.1), whole(Auxiliary()))
+        if built:
+            model(X[:2])
+        if tested:
+            lr_range_test(model, X, Y, num_steps=24, lr_bounds=(1e-2, 10.0))
+        model.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+        return bits(model.trainable_variables)
+
+    if BACKEND == "jax":  # whose `fit` cannot build such a layer
+        trained(tested=True)
+    else:
+        assert_same(trained(tested=True), trained(tested=False))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the only backend with texts")
+def test_a_model_of_texts_need_not_be_built():
+    words = keras.layers.TextVectorization(vocabulary=["up", "down"], output_mode="multi_hot")
+    model = compiled(keras.optimizers.SGD(0.1), keras.Sequential([words, keras.layers.Dense(3)]))
+    result = lr_range_test(model, np.array(["up", "down"])[Y % 2], Y, **QUICK)
+    assert len(result.loss) == 24
+
+
+def test_metrics_of_a_model_within_the_model_keep_their_values():
+    class Counting(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.seen = keras.layers.Dense(3), keras.metrics.Sum()
+
+        def call(self, x):
+            self.seen.update_state(1.0)
+            return self.dense(x)
+
+    counting = Counting()
+    model = compiled(keras.optimizers.SGD(0.1), around(counting))
+    counting.seen.update_state(3.0)
+    before = bits(counting.seen.variables)
+    lr_range_test(model, X, Y, **QUICK)
+    assert_same(bits(counting.seen.variables), before)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX moves no state of an optimizer but its variables")
+def test_a_generator_of_the_optimizer_goes_back():
+    class Noisy(keras.optimizers.SGD):
+        def __init__(self):
+            super().__init__(0.1)
+            self.generator = keras.random.SeedGenerator(0)
+
+        def update_step(self, gradient, variable, learning_rate):
+            noise = 1e-3 * keras.random.normal(gradient.shape, seed=self.generator)
+            super().update_step(gradient + noise, variable, learning_rate)
+
+    model = compiled(Noisy())
+    before = bits([model.optimizer.generator.state])
+    lr_range_test(model, X, Y, **QUICK)
+    assert_same(bits([model.optimizer.generator.state]), before)
+
+
+def test_a_model_that_names_its_loss_otherwise_is_told():
+    class Named(keras.Model):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.tracker = keras.metrics.Mean(name="total_loss")
+
+        @property
+        def metrics(self):
+            return [self.tracker]
+
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            loss = loss_function()(y, y_pred)
+            self.tracker.update_state(loss)
+            return loss
+
+    inputs = keras.Input((6,))
+    model = Named(inputs, keras.layers.Dense(3)(inputs))
+    model.compile("sgd")
+    with pytest.raises(ValueError, match="reports total_loss: .* the name 'loss'"):
+        lr_range_test(model, X, Y, **QUICK)
+
+
 def test_metric_objects_keep_their_values():
     own, late = keras.metrics.CategoricalAccuracy(), keras.metrics.F1Score()  # the second makes its variables late
     one_hot = np.eye(3, dtype="float32")[Y]
@@ -665,8 +764,21 @@ def test_an_optimizer_is_swept_as_it_is():
 @pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="came with Keras 3.15")
 def test_several_optimizers_in_one_are_refused():
     several = keras.optimizers.MultiOptimizer(lambda variable: keras.optimizers.SGD(0.1))
-    with pytest.raises(ValueError, match="MultiOptimizer has several learning rates"):
+    with pytest.raises(ValueError, match="MultiOptimizer holds other optimizers"):
         lr_range_test(compiled(several), X, Y, **QUICK)
+
+
+class Wrapper(keras.optimizers.Optimizer):
+    """As Lookahead, SAM and the like: what it holds has state and a learning rate of its own."""
+
+    def __init__(self, inner_optimizer):
+        super().__init__(learning_rate=1.0)
+        self.inner_optimizer = inner_optimizer
+
+
+def test_an_optimizer_that_holds_another_is_refused():
+    with pytest.raises(ValueError, match="Wrapper holds other optimizers, with learning rates of their own"):
+        lr_range_test(compiled(Wrapper(keras.optimizers.SGD(0.1))), X, Y, **QUICK)
 
 
 def test_updates_skipped_by_loss_scaling_do_not_move_the_rate():

@@ -575,3 +575,5 @@ def test_iterations_that_are_no_update_numbers_are_refused(name, iteration):
 def test_lists_ranges_and_small_integer_types_are_fine(iteration):
     # In uint8 arithmetic 2 * 300 would overflow.
     np.testing.assert_array_equal(triangular(iteration, (0, 300), 300), [0, 1, 2, 3, 4])
+    tensor = keras.ops.convert_to_tensor(np.array(iteration, "uint8"))
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(triangular(tensor, (0, 300), 300)), range(5), atol=1e-4)
