@@ -232,6 +232,23 @@ def test_what_another_process_is_training_is_looked_for_again(rows, trained, mon
     assert found[-1]["run"].tolist() == ["CLR 0.1-3.5", "constant 3.5", "constant 0.35"]
 
 
+def test_what_was_left_out_comes_before_what_is_worth_less(rows, trained, monkeypatch):
+    run_experiment, asked = experiments.run_experiment, []
+
+    def busy(experiment, runs, seeds, data, **options):
+        asked.append(runs[0].name)
+        if asked == ["CLR 0.1-3.5"]:
+            return pd.DataFrame()
+        return run_experiment(experiment, runs, seeds, data, **options).assign(seconds=0.0)  # as trained here
+
+    monkeypatch.setattr(experiments, "run_experiment", busy)
+    monkeypatch.setattr(train_rows.Trainer, "report", lambda *line: None)
+    trainer = train_rows.Trainer(rows["images"], math.inf)
+    first = rows["post_rows"](tiny(rows["POST"]))[:3]
+    trainer.complete(lambda: trainer.train("04_post_network", first, (0,), 600), pause=0)
+    assert asked == ["CLR 0.1-3.5", "constant 3.5", "CLR 0.1-3.5", "constant 0.35"]
+
+
 def test_a_search_whose_trials_another_process_trains_goes_on_later(rows, trained, monkeypatch):
     run_experiment, refused = experiments.run_experiment, []
 

@@ -32,6 +32,10 @@ class OutOfTime(Exception):
     pass
 
 
+class StartAgain(Exception):
+    pass
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     texts = "of notebook 04 quick: the small network, full: the post's; 06: notebook 06"
@@ -110,14 +114,17 @@ class Trainer:
         self.speeds = {}  # {batch size: images per second of the last run, evaluation and compilation included}
         self.found = {}  # {(experiment, run or way, seed): its lines}
         self.longest = 0  # seconds of a way
-        self.missing = False
+        self.missing = self.trained = False  # something was left out, something was trained: since the plan began
 
     def complete(self, plan, pause=5):
         """Follows a plan, and again until nothing is missing: what was left out may be there, or allow for more."""
         self.missing = True
         while self.missing:
-            self.missing = False
-            plan()
+            self.missing = self.trained = False
+            try:
+                plan()
+            except StartAgain:
+                continue
             if self.missing:
                 time.sleep(pause)
 
@@ -131,6 +138,8 @@ class Trainer:
                 if len(lines):
                     self.found[experiment, name, seed] = lines
                 self.missing |= not len(lines)
+                if self.missing and self.trained:  # what was left out is worth more than what comes now
+                    raise StartAgain
         found = [self.found[key] for name, seed in names if (key := (experiment, name, seed)) in self.found]
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["run", "test_accuracy"])
 
@@ -157,6 +166,7 @@ class Trainer:
         seconds = time.monotonic() - start
         if len(found) and found["seconds"][0] <= seconds:  # trained here, and in one go
             self.speeds[run.batch_size] = work / seconds
+            self.trained = True
             self.report(experiment, run, found.iloc[0])
         return found
 
@@ -169,7 +179,7 @@ class Trainer:
         found = record(experiment, {way: function}, [seed], data, wait=False)
         seconds = time.monotonic() - start
         if "seconds" in found and found["seconds"].iloc[0] <= seconds:  # trained here (older lines do not say)
-            self.longest = max(self.longest, seconds)
+            self.longest, self.trained = max(self.longest, seconds), True
             print(f"{experiment}: {way}, seed {seed}, {seconds:.0f} s", flush=True)
         return found
 
