@@ -61,13 +61,10 @@ def triangular2(iteration, bounds, steps):
 
 
 def exp_range(iteration, bounds, steps, gamma=0.99994):
-    """The triangle with its amplitude multiplied by gamma**iteration; the lower bound stays.
+    """The triangle with its amplitude multiplied by gamma**iteration, gamma in (0, 1]; the lower bound stays.
 
     In Smith's paper (arXiv:1506.01186, section 3) both bounds decline; the callback that made the name popular
     (github.com/bckenstler/CLR) shrinks the amplitude only. The exponent counts from the start of training.
-
-    Args:
-        gamma: factor per update, in (0, 1].
     """
     _require(0 < gamma <= 1, f"{gamma=}: exp_range needs a factor per update in (0, 1], for example 0.9999.")
     xp, iteration = _numbers_of(iteration)
@@ -84,11 +81,8 @@ def cosine(iteration, bounds, steps):
 def cosine_restarts(iteration, bounds, steps, factor=1):
     """From bounds[1] by half a cosine towards bounds[0], which the update of the restart would reach; and again.
 
-    The first fall takes 2 * steps updates, a whole cycle of the others. Source: Loshchilov & Hutter 2017,
-    arXiv:1608.03983, section 3 (2 * steps is their T_0, factor their T_mult).
-
-    Args:
-        factor: each fall is this many times as long as the one before; an int of at least 1.
+    The first fall takes 2 * steps updates, a whole cycle of the others; each takes `factor` times, an int of at least
+    1, as many as the one before. Source: Loshchilov & Hutter 2017, arXiv:1608.03983, section 3 (T_0 and T_mult).
     """
     _require(isinstance(factor, int) and factor >= 1, f"{factor=}: give the growth as an int of at least 1.")
     xp, iteration = _numbers_of(iteration)
@@ -169,9 +163,8 @@ STEP_FUNCTIONS["one_cycle_cosine"] = functools.partial(one_cycle, shape="cosine"
 def _check_run(shares, final, shape, shapes):
     fits = min(shares.values()) >= 0 and sum(shares.values()) <= 1 and 0 <= final <= 1 and shape in shapes
     given = ", ".join(f"{name}={value!r}" for name, value in {**shares, "final": final, "shape": shape}.items())
-    hint = f"final is in [0, 1], a fraction of bounds[0]; shape is one of {', '.join(shapes)}."
-    are = f"{' and '.join(shares)} are shares of the run, each at least 0 and together at most 1"
-    _require(fits, f"{given}: {are}; {hint}")
+    hint = f"{' and '.join(shares)} are shares of the run, each at least 0 and together at most 1; final is in [0, 1]"
+    _require(fits, f"{given}: {hint}, a fraction of bounds[0]; shape is one of {', '.join(shapes)}.")
 
 
 def _numbers_of(iteration):
@@ -497,8 +490,7 @@ def _is_whole(value, low=1):
 
 def _checked_steps(steps):
     whole = isinstance(steps, numbers.Real) and not isinstance(steps, bool) and steps == steps // 1
-    hint = "give the updates in half a cycle, a whole number of at least 1 (and below 2**30)."
-    _require(whole and _is_whole(int(steps)), f"{steps=}: {hint}")
+    _require(whole and _is_whole(int(steps)), f"{steps=}: give a whole number of at least 1, updates in half a cycle.")
     return int(steps)
 
 
@@ -525,8 +517,7 @@ def settle_batch_norm(model, x, batch_size=128):
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     layers = {layer: layer.momentum for layer in layers if layer.trainable and layer.built}
     _require(layers, f"model {model.name!r} has no trainable BatchNormalization that is built: nothing to settle.")
-    renorm = [layer.name for layer in layers if getattr(layer, "renorm", False)]  # these keep a third statistic
-    _require(not renorm, f"{', '.join(renorm)}: a layer with renorm=True cannot be settled.")
+    _require(not any(getattr(layer, "renorm", False) for layer in layers), "Layers with renorm=True cannot be settled.")
     _require(_is_whole(batch_size), f"{batch_size=}: give a whole number of at least 1.")
     x, size = _arrays_and_size(_as_batch((x,))[0], "x")
     _require(size >= batch_size, f"x holds {size} samples, less than one batch of {batch_size}: give more of them.")
@@ -752,13 +743,10 @@ class RangeTest:
         return Suggestions(float(lr[valley]), float(lr[steepest]), float(lr[lowest]) / 10, why)
 
     def bounds(self, high_of_break=1 / 8, low_of_high=1 / 10):
-        """(low, high) for CLR: high is an eighth of the rate at which the loss breaks away, low a tenth of high.
+        """(low, high) for CLR: these fractions, of the rate at which the loss breaks away for high, of high for low.
 
         A sweep passes each rate in a few updates; a training stays there for hundreds, and tolerates less: notebook 02.
         Source of low: Smith 2018, arXiv:1803.09820, section 4.1.
-
-        Args:
-            high_of_break, low_of_high: the two fractions.
 
         Raises:
             ValueError: with the reason, where `suggest` has no suggestion, or where the loss did not break.
@@ -842,8 +830,8 @@ def _sweep_optimizer(optimizer, schedule, momentum):
         scale = float(ops.convert_to_numpy(optimizer.dynamic_scale)) if optimizer.built else optimizer.initial_scale
         inner = _sweep_optimizer(optimizer.inner_optimizer, schedule, momentum)
         return kind(inner, scale, dynamic_growth_steps=optimizer.dynamic_growth_steps, name=optimizer.name)
-    parts = tree.flatten([*vars(optimizer).values()])
-    held = hasattr(optimizer, "optimizers") or any(isinstance(part, base) for part in parts)
+    held = any(isinstance(part, base) for part in tree.flatten([*vars(optimizer).values()]))
+    held = held or hasattr(optimizer, "optimizers")  # of MultiOptimizer, before it is built
     _require(not held, f"{kind.__name__} holds other optimizers, with learning rates of their own: compile with one.")
     settings = {name: getattr(optimizer, name) for name in base(0.1, name="").get_config() if name != "learning_rate"}
     twin = object.__new__(kind)
@@ -986,12 +974,11 @@ def _build(model, batch):
     if batch[1] is None and model.loss is not None and type(model).compute_loss is keras.Model.compute_loss:
         raise ValueError("The loss of the model needs labels: give x and y (and sample_weight=), or batches (x, y).")
     if not all(layer.built for layer in model._flatten_layers()):
-        tensors = tree.map_structure(ops.convert_to_tensor, batch[0])
-        dtype = keras.backend.standardize_dtype
-        model(tree.map_structure(lambda a: keras.KerasTensor(a.shape, dtype(a.dtype)), tensors))
+        x = tree.map_structure(ops.convert_to_tensor, batch[0])
+        model(tree.map_structure(lambda a: keras.KerasTensor(a.shape, keras.backend.standardize_dtype(a.dtype)), x))
         if model._call_has_training_arg and not all(layer.built for layer in model._flatten_layers()):
             with keras.StatelessScope():
-                model(tensors, training=True)  # with layers that only the training has
+                model(x, training=True)  # with layers that only the training has
     _require(model.trainable_variables, f"model {model.name!r} has no trainable variables: nothing would change.")
 
 
@@ -1182,11 +1169,7 @@ def set_loss_axis(ax, label):
 
 @theme()
 def plot_range_test(result, ax=None, *, title=None):
-    """Draws the loss of a RangeTest against the learning rate, with what it suggests, and returns the axes.
-
-    Args:
-        ax, title: axes to draw into, in place of a new figure; of the figure.
-    """
+    """Draws the loss of a RangeTest over the learning rate, with what it suggests, in `ax` or anew. Returns axes."""
     if not isinstance(result, RangeTest):
         raise TypeError(f"result={result!r}: give what lr_range_test returned.")
     (ax,) = new_axes(height=4.4, title=title, axes=ax)
