@@ -330,7 +330,7 @@ class CLR(keras.optimizers.Optimizer):
             if keras.backend.backend() == "tensorflow":
                 from tensorflow import init_scope as outside_of_tracing
             with outside_of_tracing():
-                _assign(self.variables, self._loaded)
+                _assign(self.variables[1:], self._loaded[1:])  # the counter was set on loading, maybe again since
             self._loaded = None
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
@@ -377,7 +377,7 @@ class CLR(keras.optimizers.Optimizer):
         if self._loaded is None:
             super().save_own_variables(store)
         else:  # not built since: hand on what was loaded
-            for i, value in enumerate(self._loaded):
+            for i, value in enumerate([_value_of(self._iterations), *self._loaded[1:]]):
                 store[str(i)] = value
 
     def _check_fits(self, saved, expected=None):
@@ -391,9 +391,9 @@ class CLR(keras.optimizers.Optimizer):
         here = f"{len(expected)}: {expected!s:.300}" if expected else f"1 and {self._slots} for each trainable variable"
         raise ValueError(
             f"The saved state does not fit optimizer {self.name}. The file has {len(saved)} variables: "
-            f"{shapes!s:.300}; with {given} there are {here}. Compile with the same settings and "
-            "trainable variables. Or take the weights alone: compile, optimizer.build(model.trainable_variables), "
-            "then load_weights(path, skip_mismatch=True). The cycle then starts anew."
+            f"{shapes!s:.300}; with {given} there are {here}. Compile with the same settings and trainable variables. "
+            "Or take the weights alone: load_model(path, compile=False); or compile, optimizer.build("
+            "model.trainable_variables), then load_weights(path, skip_mismatch=True). The cycle then starts anew."
         )
 
     def get_config(self):
@@ -403,10 +403,8 @@ class CLR(keras.optimizers.Optimizer):
 
 
 def current_values(optimizer):
-    """(learning rate, momentum) of the coming update as floats, of any Keras optimizer; the momentum of Adam is None.
-
-    Looks into a LossScaleOptimizer, which mixed_float16 wraps around yours and which hands on the learning rate only.
-    """
+    """(learning rate, momentum) of the coming update, floats, of any Keras optimizer; the momentum of Adam is None."""
+    # mixed_float16 wraps a LossScaleOptimizer around yours, which hands on the learning rate only.
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     values = optimizer.learning_rate, getattr(optimizer, "momentum", None)
     return tuple(None if value is None else float(ops.convert_to_numpy(value)) for value in values)
@@ -471,8 +469,7 @@ def _pair(values):
 
 def _checked_bounds(bounds):
     low, high = _pair(bounds)
-    hint = "give the lowest and the highest learning rate, finite and 0 <= low <= high."
-    _require(0 <= low <= high < math.inf, f"{bounds=}: {hint}")
+    _require(0 <= low <= high < math.inf, f"{bounds=}: give the lowest and the highest rate, finite, 0 <= low <= high.")
     return low, high
 
 
@@ -499,7 +496,7 @@ def _checked_steps(steps):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def settle_batch_norm(model, x, batch_size=128):
+def settle_batch_norm(model, x, batch_size=128, shuffle=True):
     """Estimates the running statistics of a model's BatchNormalization layers anew, at the weights it has now.
 
     Outside of training BatchNorm uses running means, which are those of weights that have moved on since: after high
@@ -508,8 +505,9 @@ def settle_batch_norm(model, x, batch_size=128):
 
     Args:
         model: a built keras.Model, run eagerly if it has run_eagerly. Of a BatchNorm called twice the last call counts.
-        x: training inputs, an array (samples, ...) or several in a list, tuple or dict; some thousand samples will do.
+        x: some thousand training inputs, an array (samples, ...) or several in a list, tuple or dict; no dataset.
         batch_size: samples of a batch, as in the training; what is left at the end is not used.
+        shuffle: whether to mix the samples, always in the same way: batches of one class would have too low a variance.
 
     Raises:
         ValueError: if no BatchNormalization layer of the model is trainable, or x is less than one batch.
@@ -529,8 +527,8 @@ def settle_batch_norm(model, x, batch_size=128):
         _assign(statistics, [np.nan_to_num(_value_of(v).astype(float), posinf=0, neginf=0) for v in statistics])
         forward = _forward_in_training(model)
         with _random_states_kept():
-            for k in range(size // batch_size):
-                batch = slice(k * batch_size, (k + 1) * batch_size)
+            order = np.random.default_rng(0).permutation(size) if shuffle else np.arange(size)
+            for k, batch in enumerate(order[: size - size % batch_size].reshape(-1, batch_size)):
                 forward(tree.map_structure(lambda a, batch=batch: a[batch], x))
                 means = [mean + (_value_of(v) - mean) / (k + 1) for mean, v in zip(means, statistics)]
         kept += zip(statistics, means)  # assigned last
@@ -603,7 +601,7 @@ def lr_range_test(
     dropout seeds, optimizer, metrics, compiled functions, history, and the random states of Python, NumPy, Keras and
     the backend. A `fit` after it gives the same bits as one without it. (What was not built is built, and stays so.)
     Only the data cannot be put back (a generator goes on where the test left it, a tf.data shuffle counts its passes in
-    the dataset object), nor what Keras does not know of, such as a tf.Variable in a layer.
+    the dataset object), nor what the model does not know of: a tf.Variable in a layer, a variable of a loss.
     Source: Smith 2017, arXiv:1506.01186, section 3.3, and arXiv:1803.09820, section 4.1.
 
     Args:
@@ -794,7 +792,7 @@ class RangeTest:
             return None, None, f"{none} The model may have converged already, or learns at none of these rates."
         # The lowest point itself would be no guide: it lies anywhere in the flat part before the break.
         still_low = np.flatnonzero(self.smoothed <= lowest + (start - lowest) / 4)[-1]
-        if still_low == len(self.smoothed) - 1 and self.diverged_at is None:
+        if self.diverged_at is None and self.smoothed[-1] <= lowest + max((start - lowest) / 4, 4 * noise):
             return kept, None, f"The loss was still low at the end, {self.lr[-1]:.3g}. {self._advice()}"
         return kept, float(self.lr[still_low]), ""
 
@@ -952,8 +950,8 @@ def _arrays_and_size(data, names):
     """The arrays of any structure of them, and how many samples they hold."""
     arrays = tree.map_structure(_as_array, data)
     shapes = [a.shape for a in tree.flatten(arrays) if a is not None]
-    if () in shapes or len({shape[0] for shape in shapes}) != 1:
-        raise ValueError(f"The shapes of {names} are {shapes}: give arrays whose first axes count the same samples.")
+    fits = () not in shapes and len({shape[0] for shape in shapes}) == 1
+    _require(fits, f"The shapes of {names} are {shapes!s:.200}: give arrays whose first axes count the same samples.")
     return arrays, shapes[0][0]
 
 
@@ -1012,7 +1010,7 @@ INK, FAINT = "indigo", {"color": "0.75", "linewidth": 0.6}  # a curve alone; eac
 
 
 class LossPerUpdate(keras.callbacks.Callback):
-    """Keeps the loss of every update in `losses`. Resets metrics (Keras reports running means) before each batch."""
+    """The loss of each update, in `losses`. Resets metrics before each batch: history shows the last of an epoch."""
 
     def on_train_begin(self, logs=None):
         _require((self.model.steps_per_execution or 1) == 1, "LossPerUpdate needs compile(steps_per_execution=1).")
@@ -1112,11 +1110,13 @@ def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ti
     """Draws a learning rate or a momentum over `updates` updates and returns the axes.
 
     Args:
-        schedule: a CLR, a CyclicalLR, an array of values, one per update, or a function of an integer array.
+        schedule: CLR, CyclicalLR, an optimizer with one, an array (updates,), or a function of an integer array.
         quantity: `"learning rate"` or `"momentum"`.
         label: written where the line ends. Call again with the same `ax` to compare; **style is for `ax.plot`.
         title, ax: of the figure; axes to draw into, in place of a new figure.
     """
+    schedule = getattr(schedule, "inner_optimizer", schedule)  # of a LossScaleOptimizer
+    schedule = schedule if isinstance(schedule, CLR) else getattr(schedule, "_learning_rate", schedule)
     if quantity not in ("learning rate", "momentum") or (quantity == "momentum" and isinstance(schedule, CyclicalLR)):
         raise ValueError(f"quantity={quantity!r}: it can be 'learning rate' or, but for a CyclicalLR, 'momentum'.")
     _require(_is_whole(updates), f"{updates=}: give a whole number of updates to draw, at least 1.")

@@ -757,7 +757,8 @@ def run_experiment(experiment, runs, seeds, data, *, every_epoch=False, settled=
         data: a Dataset, labels whole numbers. Accuracy and loss are measured on its test part after the last epoch.
         every_epoch: measure them after each epoch.
         settled: measure them a second time, with BatchNorm's statistics estimated anew from the first 200 batches of
-            the training images, or all (`settle_batch_norm`). The training goes on with its own.
+            the training images, or all (`settle_batch_norm`), which should not be sorted. The training goes on with
+            its own.
         wait: for runs that another process is training at the moment; with False they are left out.
 
     Returns:
@@ -1020,7 +1021,9 @@ def _evaluated(model, data, batch_size, settled):
     if settled:
         variables = model.non_trainable_variables
         before = [clr_utils._value_of(v) for v in variables]
-        clr_utils.settle_batch_norm(model, data.train[0][: SETTLING_BATCHES * batch_size], batch_size)
+        # In the order of the data, which is that of no class: so all recorded lines have been settled.
+        images = data.train[0][: SETTLING_BATCHES * batch_size]
+        clr_utils.settle_batch_norm(model, images, batch_size, shuffle=False)
         result |= zip(("settled_loss", "settled_accuracy"), _loss_and_accuracy(model, *data.test))
         clr_utils._assign(variables, before)
     return {name: round(float(value), 6) if math.isfinite(value) else None for name, value in result.items()}

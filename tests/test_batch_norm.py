@@ -22,11 +22,25 @@ def test_statistics_become_the_means_over_the_batches(layer):
     norm = layer(momentum=0.9)
     model = keras.Sequential([keras.Input((4,)), norm])
     norm.moving_mean.assign(np.full(4, 100.0))
-    settle_batch_norm(model, X, batch_size=16)  # the last two samples are left over
+    settle_batch_norm(model, X, batch_size=16, shuffle=False)  # the last two samples are left over
     batches = X[:48].reshape(3, 16, 4)
     np.testing.assert_allclose(value(norm.moving_mean), batches.mean(axis=(0, 1)), rtol=1e-5)
     np.testing.assert_allclose(value(norm.moving_variance), batches.var(axis=1).mean(axis=0), rtol=1e-4)
     assert norm.momentum == 0.9
+
+
+def test_samples_sorted_by_class_are_mixed():
+    norm = keras.layers.BatchNormalization()
+    model = keras.Sequential([keras.Input((4,)), norm])
+    classes = np.repeat(np.arange(4, dtype="float32"), 500)[:, None] + rng.normal(0, 0.1, (2000, 4)).astype("float32")
+    found = []
+    for _ in range(2):
+        settle_batch_norm(model, classes, 50)
+        found.append(value(norm.moving_variance))
+    np.testing.assert_array_equal(*found)  # mixed in the same way each time
+    np.testing.assert_allclose(found[0], classes.var(axis=0), rtol=0.05)
+    settle_batch_norm(model, classes, 50, shuffle=False)
+    assert (value(norm.moving_variance) < 0.02).all()
 
 
 @pytest.mark.parametrize("layer", [keras.layers.BatchNormalization, experiments.BatchNormalization])

@@ -594,6 +594,31 @@ def test_loaded_state_survives_another_save_before_the_first_update(tmp_path, sa
     np.testing.assert_array_equal(weights(model), uninterrupted())
 
 
+def test_a_counter_set_after_loading_stays(tmp_path, saved_weights):
+    model = new_model(new_clr())
+    model.load_weights(saved_weights())
+    model.optimizer.iterations.assign(0)  # the cycle anew, the weights and velocities as loaded
+    model.save_weights(tmp_path / "m.weights.h5")
+    train(model, 0, 1)
+    assert int(model.optimizer.iterations) == 1
+    again = new_model(new_clr())
+    again.load_weights(tmp_path / "m.weights.h5")
+    assert int(again.optimizer.iterations) == 0
+    train(again, 0, 1)
+    np.testing.assert_array_equal(weights(again), weights(model))
+
+
+def test_a_model_frozen_after_its_training_says_how_to_load_it(tmp_path):
+    model = new_model(new_clr())
+    train(model, 0, CUT)
+    model.layers[0].trainable = False
+    model.save(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match=r"load_model\(path, compile=False\)"):
+        keras.models.load_model(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras", compile=False)
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
 def test_the_file_loaded_last_counts(tmp_path, saved_weights):
     new_model(new_clr()).save_weights(tmp_path / "untrained.weights.h5")
     model = new_model(new_clr())

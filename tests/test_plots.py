@@ -77,11 +77,13 @@ MOMENTUM = [0.95, 0.9125, 0.875, 0.8375, 0.8, 0.8375, 0.875, 0.9125, 0.95, 0.912
         (lambda: new_clr(), "learning rate", TRIANGLE),
         (lambda: new_clr(), "momentum", MOMENTUM),
         (lambda: CyclicalLR((0.1, 0.5), 4), "learning rate", TRIANGLE),
+        (lambda: keras.optimizers.Adam(CyclicalLR((0.1, 0.5), 4)), "learning rate", TRIANGLE),
+        (lambda: keras.optimizers.LossScaleOptimizer(new_clr()), "momentum", MOMENTUM),
         (lambda: TRIANGLE, "learning rate", TRIANGLE),
         (lambda: np.array(MOMENTUM), "momentum", MOMENTUM),
         (lambda: lambda i: i**2, "learning rate", np.arange(10) ** 2),
     ],
-    ids=["CLR", "CLR momentum", "CyclicalLR", "list", "array", "function"],
+    ids=["CLR", "CLR momentum", "CyclicalLR", "Adam", "loss scaling", "list", "array", "function"],
 )
 def test_schedule_drawn_is_the_schedule(schedule, quantity, expected):
     ax = plot_schedule(schedule(), 10, quantity=quantity)

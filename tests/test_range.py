@@ -941,6 +941,18 @@ def test_a_loss_that_never_breaks_gives_suggestions_but_no_bounds():
         result.bounds()
 
 
+@pytest.mark.parametrize("rises", [False, True], ids=["flat", "rises"])
+def test_noise_at_the_end_is_no_break_but_a_rise_is(rises):
+    rng, found = np.random.default_rng(0), 0
+    loss = np.r_[np.full(100, 2.0), np.linspace(2, 1, 200), np.full(300, 1.0)]
+    if rises:  # at the very end, so late that nothing stopped the sweep
+        loss[-60:] += np.linspace(0, 1.5, 60)
+    for _ in range(50):  # the noise of a batch is as large as the whole descent
+        noisy = loss + rng.normal(0, 1, 600)
+        found += made_up(clr_utils.smooth(noisy, 0.9), loss=noisy).break_lr is not None
+    assert found >= 45 if rises else found <= 7
+
+
 def test_data_that_end_early_are_not_told_to_go_to_a_higher_rate():
     result = dataclasses.replace(made_up(np.r_[np.full(15, 50.0), np.linspace(49, 30, 35)]), num_steps=100)
     assert "more data" in result.suggest().why and "Raise" not in result.suggest().why
@@ -1001,6 +1013,7 @@ def test_still_falling_at_the_end_is_said():
         (dict(x=X[:0], y=Y[:0]), "not a single batch"),
         (dict(x=iter([]), y=None), "not a single batch"),
         (dict(y=Y[:5]), "samples"),
+        (dict(y=[0] * 10_000), r"^.{,500}count the same samples"),  # not a shape for each label
         (dict(x=iter([])), "leave out y"),
         (dict(x=iter([]), y=None, sample_weight=Y), "leave out y and sample_weight"),
         (dict(x=(X, Y, Y), y=None), "needs labels"),
