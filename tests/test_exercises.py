@@ -41,7 +41,6 @@ WRONG_ANSWERS = {
     "04_cifar_super_convergence": [
         "gradient = 10  # larger, where it is smaller",
         "answer = 0.999",
-        "answer = 2  # one for the flips, one for the shifts",
         "def steps_to_zero(iteration, bounds, steps):\n    return bounds[1] * (1 - iteration / (2 * steps))",
     ],
     "05_scaling_out": [
@@ -52,7 +51,6 @@ WRONG_ANSWERS = {
     "06_beyond_one_cycle": [
         "share = 1.0  # as if a branch began anew",
         "errors = [0.2, 0.07]  # the bin of 0.5 left out",
-        "rate = 2 / 50",
         "branch = CLR((0.03, 0.3), 250, 0.9, functools.partial(trapezoid, warmup=0, decay=0.2, final=0))",
     ],
 }
