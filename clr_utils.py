@@ -282,11 +282,14 @@ class CLR(keras.optimizers.Optimizer):
     ):
         if "learning_rate" in kwargs or "momentum" in kwargs:
             raise TypeError("CLR takes bounds=(low, high) and momentum_bounds in place of learning_rate and momentum.")
-        momentum_bounds = _checked_momentum_bounds(momentum_bounds)
         super().__init__(learning_rate=CyclicalLR(bounds, steps, step_function), **{"name": "CLR", **kwargs})
-        self.momentum_bounds = momentum_bounds
+        self.momentum_bounds = _checked_momentum_bounds(momentum_bounds)
         self.nesterov = bool(nesterov)
         self._loaded = None  # variables that were loaded before build() has made room for them
+
+    bounds = property(lambda self: self._learning_rate.bounds)  # these cannot be set: a compiled graph keeps the old
+    steps = property(lambda self: self._learning_rate.steps)
+    step_function = property(lambda self: self._learning_rate.step_function)
 
     @property
     def learning_rate(self):
@@ -404,8 +407,7 @@ class CLR(keras.optimizers.Optimizer):
 
 def current_values(optimizer):
     """(learning rate, momentum) of the coming update, floats, of any Keras optimizer; the momentum of Adam is None."""
-    # mixed_float16 wraps a LossScaleOptimizer around yours, which hands on the learning rate only.
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer, which hides the momentum
     values = optimizer.learning_rate, getattr(optimizer, "momentum", None)
     return tuple(None if value is None else float(ops.convert_to_numpy(value)) for value in values)
 
@@ -566,8 +568,7 @@ def _all_variables(model):
 
 
 def _value_of(variable):
-    """A copy: torch gives the memory itself."""
-    return np.array(ops.convert_to_numpy(ops.convert_to_tensor(variable)))
+    return np.array(ops.convert_to_numpy(ops.convert_to_tensor(variable)))  # a copy: torch gives the memory itself
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1072,8 +1073,7 @@ def line_styles(n):
 
 @theme()
 def label_ends(ax):
-    """Writes the labels of curves on their right, those of vertical lines on top, clear of each other: in place of a
-    legend. Call it again when limits have changed."""
+    """Writes labels right of curves and on top of vertical lines, clear of each other. Set the limits before."""
     for text in [text for text in ax.texts if text.get_gid() == "end"]:
         text.remove()
     sides = [], []  # labels on top share the room along x (axis 0), on the right along y (axis 1)

@@ -1058,6 +1058,22 @@ def test_a_step_function_with_another_signature_is_refused(function):
         assert repr(function) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, value, other",
+    [
+        ("bounds", (LOW, HIGH), (0.0, 1.0)),
+        ("steps", STEPS, STEPS + 1),
+        ("step_function", clr_utils.triangular, "one_cycle"),
+    ],
+)
+def test_the_cycle_can_be_read_but_not_replaced(name, value, other):
+    clr = new_clr()
+    assert getattr(clr, name) == value
+    with pytest.raises(AttributeError):
+        setattr(clr, name, other)
+    assert getattr(clr, name) == value
+
+
 @pytest.mark.parametrize("keyword", ["learning_rate", "momentum"])
 def test_keywords_of_sgd_that_clr_replaces_are_refused(keyword):
     with pytest.raises(TypeError, match=keyword) as error:
