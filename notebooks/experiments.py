@@ -1021,7 +1021,7 @@ def _evaluated(model, data, batch_size, settled):
     if settled:
         variables = model.non_trainable_variables
         before = [clr_utils._value_of(v) for v in variables]
-        # In the order of the data, which is that of no class: so all recorded lines have been settled.
+        # In the order of the data, since all recorded lines were settled so: another order moves the last digits.
         images = data.train[0][: SETTLING_BATCHES * batch_size]
         clr_utils.settle_batch_norm(model, images, batch_size, shuffle=False)
         result |= zip(("settled_loss", "settled_accuracy"), _loss_and_accuracy(model, *data.test))
