@@ -1,6 +1,7 @@
 """make and tools/run_notebooks.py: what a stranger types first."""
 
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -281,6 +282,28 @@ def test_the_command_follows_the_plan_of_each_size(rows, monkeypatch, which, siz
         monkeypatch.setenv(name, os.environ.get(name, "always"))
     train_rows.main([which])
     assert asked == [rows[size] for size in sizes]
+
+
+@pytest.mark.parametrize("which, slowdown, warns", [("full", 16, True), ("full", 1.5, False), ("quick", 16, False)])
+def test_a_processor_without_bfloat16_is_warned_of(rows, monkeypatch, capsys, which, slowdown, warns):
+    monkeypatch.setattr(train_rows, "definitions", lambda notebook: {**rows, "plan": lambda size, get_lines: None})
+    monkeypatch.setattr(train_rows, "bfloat16_slowdown", lambda: slowdown)
+    for name in ("CLR_PROFILE", "CLR_SYNTHETIC"):  # which the command sets
+        monkeypatch.setenv(name, os.environ.get(name, "always"))
+    train_rows.main([which])
+    assert ("16 times as long as float32" in capsys.readouterr().out) == warns
+
+
+def test_what_bfloat16_costs_is_measured_in_both_precisions(monkeypatch):
+    asked, seconds = [], itertools.accumulate([0, 9, 1, 2, 1, 1, 1, 3, 0, 9, 1, 8, 1, 7, 1, 6])
+
+    def train(model, x, y):
+        asked.append(model.layers[0].compute_dtype)
+
+    monkeypatch.setattr(keras.Sequential, "train_on_batch", train)
+    monkeypatch.setattr(train_rows.time, "monotonic", lambda: next(seconds))
+    assert train_rows.bfloat16_slowdown() == 6 / 1  # the fastest of each
+    assert asked == ["float32"] * 4 + ["bfloat16"] * 4
 
 
 class Started:

@@ -50,6 +50,12 @@ def main(arguments=None):
     os.environ.setdefault("CLR_SYNTHETIC", "never")
     rows = definitions(NOTEBOOK_6 if options.rows == "06" else NOTEBOOK)
     trainer = Trainer(rows["images"], time.monotonic() + 60 * options.minutes, options.peak)
+    if options.rows == "full" and (slowdown := bfloat16_slowdown()) > 2:
+        print(
+            f"Warning: bfloat16, in which these rows are trained, takes {slowdown:.0f} times as long as float32 here, so "
+            "what would be hours are days. Use a processor with avx512_bf16 or amx_bf16, or a GPU.",
+            flush=True,
+        )
     try:
         if options.rows == "06":
             trainer.complete(lambda: rows["plan"](trainer.record))
@@ -101,6 +107,26 @@ def definitions(notebook):
             linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name  # for inspect.getsource
             exec(compile(source, name, "exec"), names)
     return names
+
+
+def bfloat16_slowdown():
+    """How many times as long as in float32 two convolutions train in bfloat16: 10 and more on a CPU without it."""
+    import keras
+    import numpy as np
+
+    seconds = {}
+    for dtype in ("float32", "mixed_bfloat16"):
+        convolutions = [keras.layers.Conv2D(32, 3, dtype=dtype) for _ in range(2)]
+        mean = keras.layers.GlobalAveragePooling2D(dtype="float32")
+        model = keras.Sequential([keras.Input((16, 16, 32)), *convolutions, mean])
+        model.compile("sgd", "mse")
+        times = []
+        for _ in range(4):  # the first one compiles
+            start = time.monotonic()
+            model.train_on_batch(np.ones((32, 16, 16, 32)), np.ones((32, 32)))
+            times.append(time.monotonic() - start)
+        seconds[dtype] = min(times)
+    return seconds["mixed_bfloat16"] / seconds["float32"]
 
 
 class Trainer:
