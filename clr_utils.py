@@ -619,8 +619,7 @@ def lr_range_test(
             noise (math.inf: never), or a loss is not finite.
         smoothing: as in `smooth`.
         momentum: constant, in [0, 1). By default momentum_bounds[1] for CLR, as at its peak; others keep their own.
-        sample_weight, class_weight: as for `fit`.
-        validation_data: as for `fit`, but no generator. Its loss is taken up to 20 times; each costs an evaluation.
+        sample_weight, class_weight, validation_data: as for `fit`; the last must end, and is evaluated up to 20 times.
         seed: of the order in which arrays and the batches of a PyDataset are read.
 
     Raises:
@@ -981,7 +980,7 @@ def _build(model, batch):
     _require(model.trainable_variables, f"model {model.name!r} has no trainable variables: nothing would change.")
 
 
-def _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing, momentum, validation_data):
+def _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing, momentum, validation):
     if not isinstance(model, keras.Model):
         raise TypeError(f"model={model!r}: give a compiled keras.Model.")
     _require(model.compiled and model.optimizer, "The model is not compiled: call model.compile(optimizer, loss).")
@@ -994,7 +993,8 @@ def _check_arguments(model, num_steps, sweep, batch_size, stop_factor, smoothing
     _require(_is_whole(batch_size), f"{batch_size=}: give a whole number of at least 1.")
     _require(isinstance(stop_factor, numbers.Real) and stop_factor > 1, f"{stop_factor=}: give a number above 1.")
     _require(momentum is None or 0 <= _pair([momentum] * 2)[0] < 1, f"{momentum=}: give a number in [0, 1).")
-    _require(not hasattr(validation_data, "__next__"), "validation_data can be read once only: give (x, y), a dataset.")
+    endless = getattr(validation, "cardinality", int)() == -1 or getattr(validation, "num_batches", 0) is None
+    _require(not (endless or hasattr(validation, "__next__")), "validation_data: give (x, y) or a finite dataset.")
     smooth([], smoothing)  # its check
 
 

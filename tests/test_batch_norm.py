@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 
+import clr_utils
 from clr_utils import settle_batch_norm
 
 rng = np.random.default_rng(0)
@@ -233,3 +234,28 @@ def test_what_is_no_data_is_refused():
         renorm = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(renorm=True)])
         with pytest.raises(ValueError, match="Layers with renorm=True"):
             settle_batch_norm(renorm, X, 10)
+
+
+def test_an_interruption_half_way_puts_the_statistics_back(monkeypatch):
+    norm = keras.layers.BatchNormalization()
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.5), norm])
+    norm.moving_mean.assign(np.full(4, 7.0))
+    before = [value(v) for v in [*model.variables, *model.layers[0].variables]]
+    make = clr_utils._forward_in_training
+
+    def interrupted(model):
+        forward, calls = make(model), []
+
+        def run(x):
+            forward(x)
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+
+        return run
+
+    monkeypatch.setattr(clr_utils, "_forward_in_training", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        settle_batch_norm(model, X, 10)
+    for variable, was in zip([*model.variables, *model.layers[0].variables], before):
+        np.testing.assert_array_equal(value(variable), was)

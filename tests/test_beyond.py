@@ -163,3 +163,9 @@ def test_what_is_recorded_is_not_repeated_and_is_read_again(data, tmp_path, monk
     assert not len(experiments.read_record("here", thrice, (1, 2), 200, 40))
     assert experiments.record("here", thrice, (1,), data)["value"].tolist() == [3, 200]
     assert found_by.calls == 3
+
+
+def test_images_keep_their_labels(data):
+    label_of = {image.astype("float32").tobytes(): label for image, label in zip(*data.train)}
+    for x, y in experiments.batches(data, 3, 30, 2, 9):
+        assert [label_of[image.tobytes()] for image in np.asarray(x)] == np.asarray(y).tolist()

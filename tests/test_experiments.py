@@ -1159,3 +1159,68 @@ def test_the_tables_of_the_readme_are_those_of_the_recorded_lines():
         assert markdown(experiments.summarise(frame(*kept))) == table, "paste the left one into README.md"
         hardware = "; ".join(sorted({line["hardware"] for line in kept}))
         assert f"{table}\n\nTrained on: {hardware}.\n" in readme
+
+
+def test_holm_multiplies_each_p_value_by_the_number_of_those_not_below_it():
+    lines = [*A, *B, *(line_of("c", s, a) for s, a in enumerate((0.969, 0.975, 0.978)))]
+    family = experiments.compare(frame(*lines), [("a", "b"), ("a", "c")])
+    small, large = (experiments.compare(frame(*lines), [("a", name)]).p_holm[0] for name in "bc")
+    assert 2 * small < large < 0.5  # so that neither the order nor the limit of 1 hides a factor
+    assert list(family.p_holm) == pytest.approx([2 * small, large])
+
+
+def test_a_long_curve_has_the_rate_and_momentum_of_the_updates_that_it_names():
+    clr = CLR((0.1, 0.5), 200, (0.95, 0.85))
+    curve = experiments._curve(np.ones(400), clr)
+    updates = np.array(curve["update"])
+    np.testing.assert_allclose(curve["learning_rate"], clr.learning_rate_at(updates), rtol=1e-3)
+    np.testing.assert_allclose(curve["momentum"], clr.momentum_at(updates), atol=1e-4)
+    assert max(curve["learning_rate"]) == 0.5 and updates[-1] == 396
+
+
+def test_settled_results_are_those_with_statistics_of_the_first_training_images(monkeypatch):
+    monkeypatch.setattr(experiments, "SETTLING_BATCHES", 3)
+    (line,) = train(LONG._replace(epochs=1, make_optimizer=lambda updates: sgd(updates, 0.0)), settled=True)
+    keras.utils.set_random_seed(0)
+    model = normalised()
+    experiments.clr_utils.settle_batch_norm(model, X[:48], 16, shuffle=False)
+    p = model.predict(X[64:].astype("float32"), verbose=0)
+    assert line["settled_loss"] == pytest.approx(-np.log(p[range(32), Y[64:]]).mean(), abs=2e-6)
+    assert line["settled_accuracy"] == pytest.approx((p.argmax(axis=1) == Y[64:]).mean(), abs=2e-6)
+
+
+def test_a_run_on_held_out_images_has_another_code_than_on_as_many_test_images():
+    assert experiments.code_of(ROW, 64, 32, "validation") != experiments.code_of(ROW, 64, 32, "test")
+
+
+def test_a_crash_while_a_checkpoint_is_written_keeps_the_one_before(tmp_path, monkeypatch):
+    def crash(state, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    path, order, progress = tmp_path / "a.pickle", np.random.default_rng(0), (1.0, [[0.5]], [])
+    experiments._write_checkpoint(path, [], order, progress)
+    monkeypatch.setattr(experiments.pickle, "dump", crash)
+    with pytest.raises(KeyboardInterrupt):
+        experiments._write_checkpoint(path, [], order, (2.0, [[0.5]] * 2, []))
+    assert experiments._read_checkpoint(path, [], order) == progress
+
+
+def test_what_another_process_has_trained_in_the_meantime_is_taken(results_file, monkeypatch):
+    (first,) = train()
+    looks, recorded = [{}], experiments._recorded  # at the first look nothing is there yet
+    look = lambda *arguments: looks.pop() if looks else recorded(*arguments)  # noqa: E731
+    monkeypatch.setattr(experiments, "_recorded", look)
+    assert train() == [first] and len(lines(results_file)) == 1
+
+
+def test_lines_of_two_data_sets_of_one_size_and_seed_are_both_read():
+    made = train()[0], train(data=DATA._replace(train=(X[:64], 1 - Y[:64])))[0]
+    assert read([ROW], 64, 32) == [*made]
+    with pytest.raises(ValueError, match="lines of different data"):
+        experiments.summarise(experiments.read_results("t", [ROW], 64, 32))
+
+
+@pytest.mark.parametrize("loss, update", [([2.3] * 94 + [2.0] * 6, None), ([2.15] * 100, None)])
+def test_diverged_at_the_limits(loss, update):
+    assert experiments._diverged_at(np.array(loss), math.log(10)) == update

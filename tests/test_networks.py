@@ -140,3 +140,11 @@ def test_augmentation_moves_and_flips_in_training_only():
     np.testing.assert_array_equal(value(model(images, training=False)), images)
     moved = value(model(images, training=True))
     assert moved.shape == images.shape and len({image.tobytes() for image in moved}) > 5
+
+
+def test_augmentation_flips_left_and_right_and_shifts_by_up_to_4_pixels():
+    model = experiments.augmented(lambda: keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Identity()]))
+    images = np.zeros((600, 32, 32, 3), "float32")
+    images[:, 10, 8] = 1  # flipped: column 23; upside down it would be row 21
+    _, rows, columns = np.nonzero(value(model(images, training=True))[..., 0])
+    assert set(rows) == {*range(6, 15)} and set(columns) == {*range(4, 13), *range(19, 28)}

@@ -1096,3 +1096,22 @@ def test_building_it_again_changes_nothing():
     assert [ops.convert_to_numpy(v).tolist() for v in optimizer.variables] == before and len(before) == 2
     optimizer.apply([ops.ones(3)], [weight])
     assert np.allclose(ops.convert_to_numpy(weight), 1 - 0.1 - 0.19)
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["unbuilt", "built"])
+def test_more_than_ten_variables_are_loaded_in_their_order(tmp_path, built):
+    def deep():
+        layers = [keras.layers.Dense(3, use_bias=False) for _ in range(11)]
+        model = keras.Sequential([keras.Input((3,)), *layers, keras.layers.Dense(2)])
+        model.compile(new_clr(), "mse")
+        return model
+
+    first, model = deep(), deep()
+    train(first, 0, 3)
+    first.save_weights(tmp_path / "m.weights.h5")
+    if built:
+        model.optimizer.build(model.trainable_variables)
+    model.load_weights(tmp_path / "m.weights.h5")
+    model.optimizer.build(model.trainable_variables)
+    for ours, saved in zip(model.optimizer.variables, first.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(ours), ops.convert_to_numpy(saved))

@@ -622,3 +622,17 @@ except ImportError as error:
 def test_experiments_are_imported_in_silence(tmp_path):
     done = in_a_new_process("import experiments", tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_point_mean_and_cross_is_in_the_row_of_its_name():
+    ax = plot_comparison(RESULTS, results_of(row_of("a", 7, 0.2), row_of("1cycle", 7, 0.95)))
+    names = {int(y): text.get_text() for y, text in zip(ax.get_yticks(), ax.get_yticklabels())}
+    drawn = [*(row.get_offsets() for row in ax.collections), *(line.get_xydata() for line in ax.lines)]
+    drawn = [(x, y) for part in drawn for x, y in np.asarray(part) if np.isfinite([x, y]).all()]
+    assert len(drawn) > 7  # three points, two means, two crosses, an interval
+    assert {(names[round(y)], x > 50) for x, y in drawn} == {("a", False), ("1cycle", True)}
+
+
+def test_the_losses_of_runs_are_smoothed_as_asked():
+    (line,) = plot_runs(results_of(row_of("a", 0, 0.9)), smoothing=0.5)[-1].lines
+    np.testing.assert_allclose(line.get_ydata(), smooth([2.0, 0.5], 0.5))

@@ -618,6 +618,21 @@ def test_every_kind_of_data_is_read_again_or_cut(kind):
         assert data[0].epochs_ended == 0
 
 
+class Endless(Batches):
+    num_batches = None  # and that is what Keras asks
+
+
+@pytest.mark.parametrize("data", [Endless, lambda: tf_dataset().repeat(), endless])
+def test_validation_data_must_end(data):
+    with pytest.raises(ValueError, match="a finite dataset"):
+        lr_range_test(small(), X, Y, validation_data=data(), **QUICK)
+
+
+def test_validation_data_of_unknown_length_is_read():
+    data = tf_dataset().filter(lambda x, y: True)
+    assert lr_range_test(small(), X, Y, validation_data=data, num_steps=10).validation_loss.size
+
+
 def test_a_generator_that_ends_ends_the_test():
     result = lr_range_test(small(), ((X[:16], Y[:16]) for _ in range(13)), **QUICK)
     assert result.stopped == "The data ended after 13 batches." and len(result.loss) == 13
@@ -1020,7 +1035,7 @@ def test_still_falling_at_the_end_is_said():
         (dict(sample_weight=X[:, 0], class_weight={0: 2.0}), "cannot be specified at the same time"),
         (dict(y=[Y, Y], class_weight={0: 2.0}), "class_weight is for one output"),
         (dict(x=5, y=None), "give arrays"),
-        (dict(validation_data=iter([])), "read once"),
+        (dict(validation_data=iter([])), "validation_data: give .* a finite dataset"),
     ],
 )
 def test_bad_input(options, message):
@@ -1056,3 +1071,104 @@ def test_bad_models():
 def test_a_mistake_in_the_shapes_comes_through():
     with pytest.raises(Exception, match="(?i)shape|incompatible|dimension"):
         lr_range_test(compiled(), X[:, :4], Y, **QUICK)
+
+
+def test_steepest_is_per_step_of_log_lr_in_a_linear_sweep_too():
+    lr = np.linspace(0.01, 1, 100)
+    loss = 2 - lr - 0.2 * np.minimum(lr, 0.3)  # per step of lr it falls fastest at first, per step of log(lr) at last
+    result = dataclasses.replace(made_up(loss), lr=lr, sweep="linear")
+    assert result.suggest().steepest == lr[93]  # the last but one of the points 10 to 94
+
+
+def test_validation_loss_is_that_after_the_update_at_its_rate():
+    x, y = np.ones((8, 1), "float32"), np.zeros((8, 1), "float32")  # loss w**2 / 2
+    options = dict(lr_bounds=(1e-3, 0.5), num_steps=40, batch_size=8, validation_data=(x, y))
+    result = lr_range_test(one_weight(keras.optimizers.SGD(0.1)), x, y, **options)
+    rates = np.geomspace(1e-3, 0.5, 40)
+    np.testing.assert_allclose(result.validation_lr, rates[1::2])
+    np.testing.assert_allclose(result.validation_loss, np.cumprod(1 - rates)[1::2] ** 2 / 2, rtol=1e-4)
+
+
+def test_validation_data_may_have_sample_weights():
+    keras.utils.set_random_seed(0)
+    model, weights = small(), np.linspace(0, 2, len(X)).astype("float32") ** 2
+    expected = model.evaluate(X, Y, sample_weight=weights, verbose=0)[0]
+    result = lr_range_test(model, X, Y, validation_data=(X, Y, weights), num_steps=10, lr_bounds=(1e-9, 1e-8))
+    np.testing.assert_allclose(result.validation_loss, expected, rtol=1e-4)
+    assert abs(expected / model.evaluate(X, Y, verbose=0)[0] - 1) > 0.01
+
+
+def samples_read(x, y, **options):
+    """The samples in each batch, read off its loss, their sum of powers of two."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", lambda y, p: ops.sum(y) + 0.0 * ops.mean(p))
+    loss = lr_range_test(model, x, y, stop_factor=math.inf, num_steps=12, **options).loss
+    return [{k for k in range(10) if int(total) >> k & 1} for total in loss]
+
+
+def test_every_pass_over_arrays_has_an_order_of_its_own_and_whole_batches():
+    x, y = np.ones((10, 1), "float32"), 2.0 ** np.arange(10, dtype="float32")[:, None]
+    found = samples_read(x, y, batch_size=4)
+    assert {len(batch) for batch in found} == {4}
+    assert not any(one & other for one, other in zip(found[::2], found[1::2]))  # nothing twice in a pass
+    assert len({frozenset(batch) for batch in found[::2]}) > 3
+
+
+def test_the_batches_of_a_pydataset_are_mixed_anew_in_every_pass():
+    class Powers(keras.utils.PyDataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return np.ones((1, 1), "float32"), np.full((1, 1), 2.0**i, "float32")
+
+    found = [batch.pop() for batch in samples_read(Powers(), None)]
+    passes = [tuple(found[i : i + 4]) for i in (0, 4, 8)]
+    assert all(sorted(one) == [0, 1, 2, 3] for one in passes) and len(set(passes)) > 1
+
+
+def test_the_loss_scale_of_the_moment_is_taken_along():
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    optimizer.build([keras.Variable([1.0])])
+    optimizer.dynamic_scale.assign(64.0)
+    assert sweep_optimizer(optimizer).initial_scale == 64.0
+
+
+def test_a_lucky_first_batch_is_not_the_lowest_loss():
+    losses = [-3.0, *[0.0] * 9, *np.linspace(0, -1, 90)]
+    assert swept(losses, smoothing=0.0).stopped == "It reached the end of the sweep."
+
+
+def test_rounding_of_a_constant_loss_is_no_divergence():
+    assert swept([1.0] * 20 + [1.0, 1.0 + 2e-6] * 20, smoothing=0.5).diverged_at is None
+
+
+def test_noise_counts_sixty_times():
+    assert clr_utils._stop_above([0.0, 1.0] * 10, [0.5] * 20, 100, 4.0, 0.0) == 0.5 + 0.75 * 60
+
+
+def test_accuracy_is_that_of_the_first_output():
+    keras.utils.set_random_seed(0)
+    a = keras.Input((6,))
+    model = keras.Model(a, [keras.layers.Dense(3, name="p")(a), keras.layers.Dense(3, name="q")(a)])
+    model.compile("sgd", [loss_function(), loss_function()], metrics=[["accuracy"], ["accuracy"]])
+    result = lr_range_test(model, X, [Y, Y], batch_size=len(X), num_steps=10, lr_bounds=(1e-9, 1e-8))
+    first, second = (np.mean(p.argmax(axis=1) == Y) for p in model.predict(X, verbose=0))
+    assert result.accuracy == pytest.approx([first] * 10) and first != second
+
+
+def test_a_compile_of_the_models_own_is_not_called_again():
+    class Compiling(keras.Sequential):
+        def compile(self, rate):
+            super().compile(keras.optimizers.SGD(rate), loss_function())
+
+    model = Compiling([keras.Input((6,)), keras.layers.Dense(3)])
+    model.compile(0.1)
+    assert len(lr_range_test(model, X, Y, **QUICK).loss) == 24
+
+
+def test_a_descent_counts_from_four_times_the_noise_on():
+    noise = math.sqrt(0.1 / 1.9)  # of the smoothed loss, where that of the losses is 1
+    for lowest, found in ((3.8 * noise, False), (4.2 * noise, True)):
+        smoothed, loss = np.r_[np.zeros(20), np.full(180, -lowest)], np.r_[[1.0, -1.0] * 10, np.full(180, -lowest)]
+        assert ("No descent" not in made_up(smoothed, loss=loss).summary()) == found
