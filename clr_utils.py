@@ -1117,8 +1117,8 @@ def plot_schedule(schedule, updates, *, quantity="learning rate", label=None, ti
     """
     schedule = getattr(schedule, "inner_optimizer", schedule)  # of a LossScaleOptimizer
     schedule = schedule if isinstance(schedule, CLR) else getattr(schedule, "_learning_rate", schedule)
-    if quantity not in ("learning rate", "momentum") or (quantity == "momentum" and isinstance(schedule, CyclicalLR)):
-        raise ValueError(f"quantity={quantity!r}: it can be 'learning rate' or, but for a CyclicalLR, 'momentum'.")
+    known = ["learning rate", "momentum"][: 2 - isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule)]
+    _require(quantity in known, f"{quantity=}: of this schedule it can be {' or '.join(map(repr, known))}.")
     _require(_is_whole(updates), f"{updates=}: give a whole number of updates to draw, at least 1.")
     if isinstance(schedule, CLR):
         schedule = schedule.learning_rate_at if quantity == "learning rate" else schedule.momentum_at

@@ -263,3 +263,12 @@ def test_badges_of_another_repository_are_stale_except_in_a_fork(published):
 )
 def test_addresses_on_github(url, repository):
     assert stamp_badges.on_github(url) == repository
+
+
+@needs_git
+def test_no_badge_at_a_tag_without_the_recorded_results(published):
+    git("rm", "--quiet", "-r", "figures/results")
+    git("commit", "--quiet", "--message", "without them")
+    git("tag", "v2")
+    with pytest.raises(SystemExit, match="v2 lacks what is needed for 01_first.ipynb, 02_second.ipynb"):
+        stamp_badges.main(["--tag", "v2"])

@@ -259,3 +259,9 @@ def test_an_interruption_half_way_puts_the_statistics_back(monkeypatch):
         settle_batch_norm(model, X, 10)
     for variable, was in zip([*model.variables, *model.layers[0].variables], before):
         np.testing.assert_array_equal(value(variable), was)
+
+
+def test_a_model_whose_only_batch_norm_is_frozen_is_refused():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(trainable=False)])
+    with pytest.raises(ValueError, match="no trainable BatchNormalization"):
+        settle_batch_norm(model, X, 10)

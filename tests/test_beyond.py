@@ -169,3 +169,30 @@ def test_images_keep_their_labels(data):
     label_of = {image.astype("float32").tobytes(): label for image, label in zip(*data.train)}
     for x, y in experiments.batches(data, 3, 30, 2, 9):
         assert [label_of[image.tobytes()] for image in np.asarray(x)] == np.asarray(y).tolist()
+
+
+def test_a_record_of_another_profile_or_part_is_not_taken(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path))
+    found_by.calls, ways = 0, {"way": functools.partial(found_by, 2)}
+    for profile, of in (("quick", data), ("full", data), ("full", data._replace(part="validation"))):
+        monkeypatch.setenv("CLR_PROFILE", profile)
+        experiments.record("here", ways, (0,), of)
+    assert found_by.calls == 3
+    for part in ("test", "validation"):
+        assert len(experiments.read_record("here", ways, (0,), 200, 40, part)) == 2
+
+
+def test_a_way_that_another_process_is_training_is_left_out(data, tmp_path, monkeypatch):
+    class Held:
+        def __init__(self, path, timeout=-1):
+            assert timeout == 0  # or it would wait
+
+        def __enter__(self):
+            raise experiments.Timeout("held")
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setenv("CLR_OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr(experiments, "FileLock", Held)
+    assert not len(experiments.record("here", {"way": None}, (0,), data, wait=False))

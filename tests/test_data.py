@@ -548,3 +548,19 @@ def test_a_short_range_test_descends_on_it(drawn, name, seed):
     found = lr_range_test(model, x.astype("float32"), y, num_steps=200)
     assert found.smoothed.min() < 0.95 * np.log(10)  # that of guessing
     assert found.bounds()[0] < found.bounds()[1]
+
+
+def test_the_data_folder_may_be_in_the_home_folder(data_dir, monkeypatch):
+    (data_dir / "mnist.npz").write_bytes(GOOD)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(data_dir.parent))
+    monkeypatch.setenv("CLR_DATA_DIR", f"~/{data_dir.name}")
+    assert "CLR_DATA_DIR" in load().origin
+
+
+def test_the_data_folder_comes_before_the_cache(data_dir, cache):
+    mine = make_arrays(SHAPES, seed=7)
+    (data_dir / "mnist.npz").write_bytes(npz(mine))
+    cache.mkdir(parents=True)
+    (cache / "mnist.npz").write_bytes(GOOD)
+    assert_is_the_real_thing(load(), mine)

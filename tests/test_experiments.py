@@ -1,6 +1,7 @@
 """run_experiment and its results file, and what is made of the lines: summaries, comparisons, tables."""
 
 import contextlib
+import functools
 import importlib
 import json
 import linecache
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import experiments  # isort: skip  # imports Keras without TensorFlow's greeting, so it comes first
 import keras
@@ -1224,3 +1226,137 @@ def test_lines_of_two_data_sets_of_one_size_and_seed_are_both_read():
 @pytest.mark.parametrize("loss, update", [([2.3] * 94 + [2.0] * 6, None), ([2.15] * 100, None)])
 def test_diverged_at_the_limits(loss, update):
     assert experiments._diverged_at(np.array(loss), math.log(10)) == update
+
+
+def test_an_error_in_a_network_leaves_no_precision_behind():
+    def broken():
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        train(ROW._replace(make_model=broken, precision="bfloat16"))
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_seeds_are_outermost_in_the_order_of_training_and_of_the_rows(results_file):
+    made = train(ROW, ROW._replace(name="other", batch_size=32), seeds=(1, 0))
+    order = [("row", 1), ("other", 1), ("row", 0), ("other", 0)]
+    assert [(line["run"], line["seed"]) for line in made] == order
+    assert [(line["run"], line["seed"]) for line in lines(results_file)] == order
+
+
+def test_is_recorded_says_what_run_experiment_would_not_repeat():
+    held_out = experiments.hold_out(DATA, 32)
+    (line,) = train(data=held_out)
+    assert line["part"] == "validation" and experiments.is_recorded("t", ROW, 0, held_out)
+    for run, seed, data, asked in (
+        (ROW, 0, held_out, {"every_epoch": True}),
+        (ROW, 0, held_out, {"settled": True}),
+        (ROW, 1, held_out, {}),
+        (ROW._replace(epochs=2), 0, held_out, {}),
+        (ROW, 0, held_out._replace(part="test"), {}),
+    ):
+        assert not experiments.is_recorded("t", run, seed, data, **asked)
+
+
+def test_seconds_are_those_of_the_training_also_before_an_interruption(monkeypatch):
+    now, evaluations = [0.0], []
+    train_epoch, evaluated = experiments._Recorded.train_epoch, experiments._evaluated
+
+    def slow_epoch(*arguments):
+        now[0] += 10
+        return train_epoch(*arguments)
+
+    def slow_evaluation(*arguments):
+        now[0] += 100
+        evaluations.append(1)
+        if len(evaluations) == 3:
+            raise KeyboardInterrupt
+        return evaluated(*arguments)
+
+    monkeypatch.setattr(experiments._Recorded, "train_epoch", slow_epoch)
+    monkeypatch.setattr(experiments, "_evaluated", slow_evaluation)
+    monkeypatch.setattr(experiments, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with pytest.raises(KeyboardInterrupt):
+        train(ROW._replace(epochs=3), every_epoch=True)
+    assert train(ROW._replace(epochs=3), every_epoch=True)[0]["seconds"] == 30
+
+
+def test_a_checkpoint_is_for_what_was_asked_alone(monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "_evaluated", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(ROW._replace(epochs=3))
+    (line,) = train(ROW._replace(epochs=3), every_epoch=True)
+    assert len(line["every_epoch"]["loss"]) == 3
+
+
+def test_a_test_set_in_blocks_gives_what_it_gives_whole():
+    model = network()
+    expected = experiments._loss_and_accuracy(model, X, Y, block=96)
+    assert experiments._loss_and_accuracy(model, X, Y, block=7) == pytest.approx(expected)
+    assert experiments._loss_and_accuracy(model, X[::-1], Y, block=7) != pytest.approx(expected)
+
+
+def test_a_probability_of_0_counts_as_a_ten_millionth():
+    model = SimpleNamespace(predict_on_batch=lambda images: np.tile([1.0, 0.0], (len(images), 1)))
+    loss, accuracy = experiments._loss_and_accuracy(model, X[:4], np.array([0, 1, 1, 1]))
+    assert (loss, accuracy) == (pytest.approx(0.75 * 7 * math.log(10)), 0.25)
+
+
+def test_a_class_that_only_the_test_labels_have_is_refused_before_the_training(results_file):
+    with pytest.raises(ValueError, match="for 3 classes"):
+        train(data=DATA._replace(test=(X[64:], Y[64:] + 1)))
+    assert not results_file.exists()
+
+
+def test_results_are_read_in_the_order_of_the_runs():
+    other = ROW._replace(name="other", batch_size=32)
+    train(ROW, other)
+    for runs in ([ROW, other], [other, ROW]):
+        assert [line["run"] for line in read(runs, 64, 32)] == [run.name for run in runs]
+
+
+def test_two_pairs_have_an_interval_and_count_in_no_family():
+    few = [line_of("c", seed, accuracy) for seed, accuracy in enumerate((0.96, 0.969))]
+    family = experiments.compare(frame(*A, *B, *few), [("a", "c"), ("a", "b")])
+    half = 12.7062047 * np.std([1.0, 1.1], ddof=1) / math.sqrt(2)
+    assert (family.low[0], family.high[0]) == pytest.approx((1.05 - half, 1.05 + half), abs=1e-5)
+    alone = experiments.compare(frame(*A, *B), [("a", "b")])
+    assert math.isnan(family.p_holm[0]) and family.p_holm[1] == pytest.approx(alone.p_holm[0])
+    assert list(family.verdict) == ["not judged", "ahead"]
+
+
+def test_the_shape_of_an_array_is_in_the_code_of_a_way():
+    codes = []
+    for shape in ((2, 3), (3, 2)):
+        held = np.arange(6.0).reshape(shape)
+        way = written_in({"held": held, "__name__": "cell"}, "def way(seed, data):\n    return held\n")
+        codes.append(experiments._code_of_way(way, 200, 40, "test"))
+    assert codes[0] != codes[1]
+
+
+def test_a_frozen_batch_norm_cannot_be_settled_and_that_is_said_before_the_training(results_file):
+    frozen = functools.partial(with_layer, functools.partial(experiments.BatchNormalization, trainable=False))
+    with pytest.raises(ValueError, match="settled=True needs"):
+        train(ROW._replace(make_model=frozen), settled=True)
+    assert not results_file.exists()
+
+
+def test_seconds_in_the_table_are_rounded():
+    assert experiments.results_table(frame(line_of("a", 0, 0.9, seconds=2.6))).seconds["a"] == 3
+
+
+def test_a_run_no_better_than_guessing_among_two_classes_has_diverged():
+    (line,) = train(ROW._replace(make_optimizer=lambda updates: sgd(updates, 0.0), make_model=lambda: with_kernel(0)))
+    assert line["curve"]["loss"] == pytest.approx([math.log(2)] * 4, abs=1e-4) and line["diverged_at"] == 0
+
+
+def test_averages_do_not_replace_the_weights_that_are_trained_on_after_each_epoch():
+    def averaged(updates):
+        return keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9)
+
+    run = LONG._replace(make_optimizer=averaged, epochs=3)
+    assert results_of(train(run, every_epoch=True)[0]) == results_of(train(run._replace(name="again"))[0])

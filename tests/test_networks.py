@@ -1,6 +1,8 @@
 """The networks of the series and their layer: BatchNormalization through the backend's fused kernel."""
 
 import experiments  # isort: skip  # imports Keras without TensorFlow's greeting, so it comes first
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -148,3 +150,21 @@ def test_augmentation_flips_left_and_right_and_shifts_by_up_to_4_pixels():
     images[:, 10, 8] = 1  # flipped: column 23; upside down it would be row 21
     _, rows, columns = np.nonzero(value(model(images, training=True))[..., 0])
     assert set(rows) == {*range(6, 15)} and set(columns) == {*range(4, 13), *range(19, 28)}
+
+
+@pytest.mark.parametrize("option", ["synchronized", "renorm"])
+def test_statistics_over_devices_and_renorm_are_left_to_keras(monkeypatch, option):
+    if option not in inspect.signature(keras.layers.BatchNormalization).parameters:
+        pytest.skip("this Keras has no such option")
+    used = []
+    for name in ("_fused_on_tensorflow", "_fused_on_torch"):
+        monkeypatch.setattr(experiments, name, lambda *arguments: used.append(1))
+    experiments.BatchNormalization(**{option: True})(ops.convert_to_tensor(IMAGES), training=True)
+    assert used == []
+
+
+def test_what_augmentation_shifts_in_is_black_and_pixels_stay_whole():
+    model = experiments.augmented(lambda: keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Identity()]))
+    images = value(model(np.ones((200, 32, 32, 3), "float32"), training=True))
+    assert set(np.unique(images)) == {0, 1}
+    assert images[:, 4:-4, 4:-4].min() == 1 and {image.sum() for image in images} > {28 * 28 * 3, 32 * 32 * 3}

@@ -114,7 +114,8 @@ def test_schedules_on_the_same_axes_differ_in_colour_and_dashes_and_are_labelled
         (TRIANGLE, 11, {}, r"11 updates.*shape \(10,\)"),
         (lambda i: 0.5, 10, {}, r"10 updates.*shape \(\)"),
         (new_clr(), 10, {"quantity": "lr"}, "quantity='lr'.*'learning rate'"),
-        (CyclicalLR((0.1, 0.5), 4), 10, {"quantity": "momentum"}, "quantity='momentum'.*CyclicalLR"),
+        (CyclicalLR((0.1, 0.5), 4), 10, {"quantity": "momentum"}, "quantity='momentum'.*can be 'learning rate'\\.$"),
+        (keras.optimizers.schedules.CosineDecay(1, 9), 10, {"quantity": "momentum"}, "'momentum'"),
         *((new_clr(), updates, {}, f"updates={updates!r}") for updates in (0, -3, 2.5, "10", None)),
     ],
 )
@@ -636,3 +637,107 @@ def test_every_point_mean_and_cross_is_in_the_row_of_its_name():
 def test_the_losses_of_runs_are_smoothed_as_asked():
     (line,) = plot_runs(results_of(row_of("a", 0, 0.9)), smoothing=0.5)[-1].lines
     np.testing.assert_allclose(line.get_ydata(), smooth([2.0, 0.5], 0.5))
+
+
+def test_labels_on_top_stand_in_the_order_of_their_lines_which_they_lead_to_in_their_colours():
+    (ax,) = new_axes()
+    for place, colour in ((3.0, "red"), (1.0, "green"), (2.0, "blue")):
+        ax.axvline(place, color=colour, label=f"at {place:g}")
+    ax.plot([0, 4], [0, 1], color="black", label="curve")
+    ax.set_xlim(0, 4)
+    boxes = ends(label_ends(ax))
+    assert boxes["at 1"].x1 < boxes["at 2"].x0 and boxes["at 2"].x1 < boxes["at 3"].x0
+    led_to = {}
+    for text in ax.texts:
+        led_to[text.get_text()] = text.xycoords.transform(text.xy), text.arrow_patch.get_edgecolor()
+    for line in ax.lines:
+        point, colour = led_to[line.get_label()]
+        np.testing.assert_allclose(point, line.get_transform().transform(line.get_xydata()[-1]), atol=1e-6)
+        assert colour == matplotlib.colors.to_rgba(line.get_color())
+
+
+@pytest.mark.parametrize("loss, scale", [([4.0, 1.0], "linear"), ([6.0, 1.0], "log"), ([6.0, -1.0], "linear")])
+def test_a_loss_axis_is_logarithmic_from_a_factor_of_5_on(loss, scale):
+    assert plot_training(loss, [0.1, 0.2])[-1].get_yscale() == scale
+
+
+def test_each_update_is_drawn_in_grey_and_the_smoothed_loss_dark():
+    result = range_test(loss=np.linspace(2, 1, 100), smoothed=np.linspace(3, 2, 100))
+    ax = plot_training(LOSS, TRIANGLE[:4], smoothing=0.5)[-1]
+    for (grey, dark), values, smoothed in (
+        (ax.lines, LOSS, smooth(LOSS, 0.5)),
+        (plot_range_test(result).lines[:2], result.loss, result.smoothed),
+    ):
+        np.testing.assert_array_equal(grey.get_ydata(), values)
+        np.testing.assert_array_equal(dark.get_ydata(), smoothed)
+        assert colour(grey) == (0.75, 0.75, 0.75) and colour(dark) == matplotlib.colors.to_rgb(clr_utils.INK)
+
+
+def test_the_whole_descent_of_a_range_test_and_its_validation_losses_are_in_the_picture():
+    result = range_test(validation_lr=[0.01, 0.1], validation_loss=[1.7, 0.8])
+    ax = plot_range_test(result)
+    low, high = ax.get_ylim()
+    assert low < 0.5 and 2.0 < high < 3  # of what fell from 2 to 0.5
+    (points,) = [line for line in ax.lines if line.get_label() == "validation"]
+    np.testing.assert_array_equal(points.get_xydata(), [[0.01, 1.7], [0.1, 0.8]])
+
+
+def test_the_bounds_of_a_linear_range_test_are_labelled_in_their_middle():
+    ax = plot_range_test(range_test(sweep="linear", lr=np.linspace(0.01, 1, 100)))
+    (middle,) = [line for line in ax.lines if line.get_label().startswith("bounds")]
+    assert middle.get_xdata()[0] == pytest.approx((0.005 + 0.05) / 2)
+
+
+def test_a_sweep_that_found_nothing_is_drawn_without_marks():
+    lr, loss = np.geomspace(1e-4, 1, 50), np.linspace(1, 2, 50)
+    seen = lr, loss, loss, None, None, None, "The end.", None, (1e-4, 1), 50, "exponential", 4.0, 0.9
+    ax = plot_range_test(RangeTest(*seen))
+    assert len(ax.lines) == 2 and not ax.texts and not ax.patches
+
+
+def test_the_rate_is_drawn_to_the_end_though_the_first_run_was_stopped():
+    stopped, whole = row_of("a", 0, 0.1, momentum=None), row_of("a", 1, 0.1, momentum=None)
+    stopped["curve"] = {"update": [0], "loss": [2.0], "learning_rate": [0.1], "momentum": None}
+    assert list(plot_runs(results_of(stopped, whole))[0].lines[0].get_ydata()) == [0.1, 0.2]
+
+
+def test_the_legend_of_a_comparison_has_the_marks_that_are_drawn():
+    ax = plot_comparison(RESULTS)
+    handles, names = ax.get_legend_handles_labels()
+    marks = {name: handle.get_marker() for name, handle in zip(names, handles)}
+    assert marks == {"one seed": "o", "mean, 95% interval": "D"}
+    means = [x for line in ax.lines if line.get_marker() == "D" for x in line.get_xdata() if np.isfinite(x)]
+    assert sorted(means) == pytest.approx([10, 98])
+
+
+def test_the_first_row_is_on_top():
+    for ax in (plot_comparison(RESULTS), plot_differences(DIFFERENCES)):
+        bottom, top = ax.get_ylim()
+        assert top < 0 < bottom
+
+
+def test_differences_in_the_order_given_have_their_own_numbers_of_pairs():
+    ax = plot_differences(DIFFERENCES, order="given")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a\nminus b", "a\nminus c", "b\nminus c"]
+    assert {text.get_position()[1]: text.get_text() for text in ax.texts} == {0: "n = 5", 1: "n = 10", 2: "n = 2"}
+
+
+def test_an_alt_text_that_is_given_comes_before_that_of_the_file(output, tmp_path, monkeypatch):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/07_alt.json").write_text('{"07_triangle": "of the file"}', encoding="utf-8")
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    save_figure(triangle(), "07_triangle", alt="given")
+    assert Image.open(output / "07_triangle.png").text["Description"] == "given"
+
+
+def test_panels_beside_each_other_share_their_heights():
+    left, right = new_axes(columns=2)
+    right.set_ylim(0, 7)
+    assert left.get_ylim() == (0, 7)
+
+
+def test_the_ring_of_a_diverged_run_is_around_its_point():
+    ax = plot_comparison(results_of(*ROWS, row_of("a", 1, 0.2, diverged_at=3)))
+    (ring,) = [line.get_xydata()[0] for line in ax.lines if line.get_markerfacecolor() == "none"]
+    points = np.concatenate([row.get_offsets() for row in ax.collections])
+    assert np.abs(points - ring).sum(axis=1).min() < 1e-9

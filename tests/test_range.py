@@ -1172,3 +1172,82 @@ def test_a_descent_counts_from_four_times_the_noise_on():
     for lowest, found in ((3.8 * noise, False), (4.2 * noise, True)):
         smoothed, loss = np.r_[np.zeros(20), np.full(180, -lowest)], np.r_[[1.0, -1.0] * 10, np.full(180, -lowest)]
         assert ("No descent" not in made_up(smoothed, loss=loss).summary()) == found
+
+
+def test_the_valley_of_a_loss_that_only_falls_counts_from_the_first_kept_point():
+    result = made_up(np.linspace(2, 1, 100))  # kept are 10 to 94, 85 points
+    assert result.suggest().valley == result.lr[10 + 85 // 3 + 85 // 6]
+
+
+def test_the_start_of_a_short_sweep_is_the_mean_of_five_losses():
+    falling = np.linspace(1.9, 1, 27)
+    loss = np.r_[2.0, 2.0, 2.0, 8.0, -4.0, np.full(25, 1.0)]  # the noise of the first three is 0
+    result = made_up(np.r_[np.full(3, 2.0), falling], loss=loss)
+    assert "No descent" in result.summary()
+
+
+def test_ten_points_are_judged_and_nine_are_too_few():
+    for points, judged in ((10, True), (9, False)):  # between the first 2 of 20 and the last 5
+        result = made_up(np.linspace(2, 1, 20)[: 2 + points + 5], num_steps=20)
+        assert ("Too few points" not in result.summary()) == judged
+
+
+def test_a_sweep_that_diverged_early_is_told_to_start_lower_and_not_to_get_more_data():
+    result = made_up(np.linspace(2, 1, 12), num_steps=100, diverged_at=1.0)
+    with pytest.raises(ValueError, match="Start at a lower rate"):
+        result.suggest()
+
+
+def test_the_summary_has_the_numbers_of_suggest_and_bounds():
+    loss = np.r_[np.full(15, 50.0), 50 - np.arange(1, 22), 29 + 5 * np.arange(1, 15)].astype(float)
+    loss[21:36] -= 2
+    result = made_up(loss)
+    (valley, steepest, minimum, _), (low, high) = result.suggest(), result.bounds()
+    text = f"Lowest smoothed loss at {10 * minimum:.3g}; valley {valley:.3g}, steepest {steepest:.3g}, "
+    text += f"minimum/10 {minimum:.3g}; bounds for CLR ({low:.3g}, {high:.3g})"
+    assert str(result).endswith(text) and "50 of 50 updates. It reached the end" in str(result)
+    assert len({valley, steepest, minimum, low, high}) == 5
+
+
+def test_the_loss_scale_of_the_sweep_grows_as_that_of_the_model():
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), dynamic_growth_steps=7)
+    assert sweep_optimizer(optimizer).dynamic_growth_steps == 7
+
+
+def test_a_model_that_was_told_to_run_eagerly_after_compile_does():
+    class Own(keras.layers.Layer):
+        def call(self, x):
+            return ops.convert_to_tensor(ops.convert_to_numpy(x))  # a value, which no graph has
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    model = compiled(keras.optimizers.SGD(0.05), keras.Sequential([keras.Input((6,)), Own(), keras.layers.Dense(3)]))
+    model.run_eagerly = True
+    assert len(lr_range_test(model, X, Y, **QUICK).loss) == 24
+
+
+def test_a_metric_named_acc_is_the_accuracy():
+    model = small()
+    model.compile("sgd", loss_function(), metrics=[keras.metrics.SparseCategoricalAccuracy(name="acc")])
+    assert len(lr_range_test(model, X, Y, **QUICK).accuracy) == 24
+
+
+def test_the_start_of_a_stop_is_the_mean_of_at_least_ten_losses():
+    assert clr_utils._stop_above([0.0, 1.0] * 5, [0.5] * 10, 20, 4.0, 0.0) == math.inf
+    assert clr_utils._stop_above([0.0, 1.0] * 6, [0.5] * 12, 20, 4.0, 0.0) == 0.5 + 0.75 * 60
+
+
+def test_a_sweep_that_diverged_has_a_break_even_where_the_smoothed_loss_is_still_low():
+    result = made_up(np.r_[np.full(15, 50.0), np.linspace(49, 30, 35)], diverged_at=10.0)
+    assert result.break_lr == result.lr[-1] and result.bounds()[1] == result.lr[-1] / 8
+
+
+def test_weighted_metric_objects_keep_their_values():
+    own = keras.metrics.SparseCategoricalAccuracy()
+    model = small()
+    model.compile("sgd", loss_function(), weighted_metrics=[own])
+    own.update_state(Y[:7], np.eye(3)[Y[:7]])
+    before = bits(own.variables)
+    lr_range_test(model, X, Y, **QUICK)
+    assert_same(bits(own.variables), before)

@@ -1,5 +1,6 @@
 """make and tools/run_notebooks.py: what a stranger types first."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -411,3 +413,113 @@ def test_a_python_without_tensorflow_wheels_gets_one_clear_line(tmp_path):
     assert len(made.stdout.splitlines()) == 1
     assert "3.10 to 3.13" in made.stdout and "PYTHON=" in made.stdout
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("which, profile", [("quick", "quick"), ("full", "full"), ("06", "quick")])
+def test_the_command_sets_profile_real_data_and_the_end_in_minutes(rows, monkeypatch, which, profile):
+    read, ends = [], []
+
+    def definitions(notebook):
+        read.append(notebook)
+        return {**rows, "plan": lambda *arguments: None}
+
+    def trainer(images, end, peak):
+        ends.append(end)
+        return SimpleNamespace(complete=lambda plan: plan(), train=None, record=None)
+
+    monkeypatch.setattr(train_rows, "definitions", definitions)
+    monkeypatch.setattr(train_rows, "Trainer", trainer)
+    monkeypatch.setattr(train_rows, "bfloat16_slowdown", lambda: 1)
+    monkeypatch.setattr(train_rows, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+    environment = {name: value for name, value in os.environ.items() if name != "CLR_SYNTHETIC"}
+    monkeypatch.setattr(train_rows, "os", SimpleNamespace(environ=environment))
+    train_rows.main([which, "--minutes", "7"])
+    assert (environment["CLR_PROFILE"], environment["CLR_SYNTHETIC"]) == (profile, "never")
+    assert ends == [1000 + 7 * 60]
+    assert read == [train_rows.NOTEBOOK_6 if which == "06" else train_rows.NOTEBOOK]
+
+
+def test_of_a_batch_size_not_seen_yet_the_slowest_speed_is_expected(monkeypatch):
+    monkeypatch.setattr(experiments, "is_recorded", lambda *arguments, **options: False)
+    monkeypatch.setattr(experiments, "run_experiment", lambda *arguments, **options: pd.DataFrame())
+    monkeypatch.setattr(train_rows, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    data = SimpleNamespace(train=(range(100), None))
+    trainer = train_rows.Trainer(None, 50.0)
+    trainer.speeds = {10: 1.0, 20: 4.0}
+    for batch_size, fits in ((20, True), (10, False), (30, False)):  # 25, 100 and, as of the slowest, 100 seconds
+        run = experiments.Run("row", None, None, batch_size=batch_size)
+        with contextlib.nullcontext() if fits else pytest.raises(train_rows.OutOfTime, match="row, seed 3"):
+            trainer.train_one("t", run, 3, data)
+
+
+def test_no_way_is_started_that_takes_longer_than_there_is_time(monkeypatch):
+    now, seconds = [0.0], {"long": 40.0, "short": 10.0}
+
+    def record(experiment, ways, seeds, data, wait):
+        (way,) = ways
+        now[0] += seconds[way]
+        return pd.DataFrame([{"way": way, "seconds": seconds[way]}])
+
+    monkeypatch.setattr(experiments, "record", record)
+    monkeypatch.setattr(train_rows, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    trainer = train_rows.Trainer(None, 85.0)
+    for way in ("long", "short"):
+        trainer.record_one("t", way, None, 0, None)
+    with pytest.raises(train_rows.OutOfTime, match="short, seed 1"):
+        trainer.record_one("t", "short", None, 1, None)  # 35 seconds are left, and one has taken 40
+    assert now == [50.0] and trainer.trained
+
+
+def test_a_report_says_images_per_second_and_the_share_of_the_peak(monkeypatch, capsys):
+    monkeypatch.setattr(train_rows, "operations_per_image", lambda model: 5e9)
+    line = {"seed": 3, "train_size": 1000, "seconds": 20.0, "test_accuracy": 0.5}
+    run = SimpleNamespace(name="row", epochs=4, make_model=lambda: None)
+    train_rows.Trainer(None, 0.0, peak=8.0).report("t", run, line)  # 200 images/s, 1e12 of 8e12 operations/s
+    said = "t: row, seed 3: 50.00% in 20 s, 200 images/s, 1 TFLOP/s, 12.5% of the peak\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_committed_comes_from_real_data_and_nothing_else_goes_there(tmp_path, monkeypatch, in_place):
+    seen = []
+
+    def failing(path, label, in_place):
+        seen.append((label, in_place, dict(os.environ)))
+        return len(seen) > 1
+
+    monkeypatch.setattr(run_notebooks, "run", failing)
+    monkeypatch.setattr(run_notebooks, "LIVE", tmp_path / "live.jsonl")
+    environment = {**os.environ, "CLR_PROFILE": "quick", "CLR_SYNTHETIC": "always"}
+    del environment["CLR_OUTPUT_DIR"]
+    if in_place:
+        environment["CLR_OUTPUT_DIR"] = str(tmp_path)
+    monkeypatch.setattr(os, "environ", environment)
+    paths = [str(write_notebook(tmp_path / f"{name}.ipynb", "1")) for name in "ab"]
+    monkeypatch.setattr(sys, "argv", ["", *["--in-place"] * in_place, *paths])
+    with pytest.raises(SystemExit) as exited:
+        run_notebooks.main()
+    assert exited.value.code == "1 of 2 notebooks failed: a"
+    assert [label for label, *_ in seen] == ["[1/2]", "[2/2]"] and {given for _, given, _ in seen} == {in_place}
+    expected = ("never", str(ROOT)) if in_place else ("always", str(ROOT / "build"))
+    assert {(of["CLR_SYNTHETIC"], of["CLR_OUTPUT_DIR"]) for *_, of in seen} == {expected}
+
+
+def test_a_kernel_works_in_the_folder_of_its_notebook_and_may_die(tmp_path, build, monkeypatch, capsys):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    good = write_notebook(folder / "a.ipynb", "import os\nassert os.path.isfile('a.ipynb')")
+    assert run_notebooks.run(good, "[1/2]", in_place=True)
+    assert "version" not in nbformat.read(good, as_version=4).metadata["language_info"]
+    dying = write_notebook(folder / "b.ipynb", "import os\nos._exit(1)")
+    assert not run_notebooks.run(dying, "[2/2]", in_place=False)
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_same_files_are_packed_into_the_same_text_at_any_time(monkeypatch):
+    texts = []
+    for year in (2020, 2030):
+        clock = SimpleNamespace(time=lambda: 0, localtime=lambda *_, year=year: (year, 1, 1, 0, 0, 0))
+        monkeypatch.setattr("zipfile.time", clock)
+        texts.append(make_colab.packed([ROOT / "README.md"]))
+    assert texts[0] == texts[1]
