@@ -280,6 +280,7 @@ def test_the_command_follows_the_plan_of_each_size(rows, monkeypatch, which, siz
     asked = []
     planned = {**rows, "plan": lambda size, get_lines: asked.append(size)}
     monkeypatch.setattr(train_rows, "definitions", lambda notebook: planned)
+    monkeypatch.setattr(train_rows, "bfloat16_slowdown", lambda: 1)
     for name in ("CLR_PROFILE", "CLR_SYNTHETIC"):  # which the command sets
         monkeypatch.setenv(name, os.environ.get(name, "always"))
     train_rows.main([which])
