@@ -424,6 +424,7 @@ def test_a_figure_is_written_with_its_text_at_the_size_of_the_series_whatever_th
         with Image.open(output / "01_triangle.png") as picture:
             assert (picture.format, picture.size, picture.text["Description"]) == ("PNG", (960, 540), alt)
             assert "Software" not in picture.text  # it would change the file with every version of matplotlib
+            assert picture.mode == "P"  # 256 colours: a third of the bytes
             shades = np.asarray(picture.convert("L"))
         assert shades.min() < 100 and shades.max() == 255  # something is drawn
         os.remove(output / "01_triangle.png")
