@@ -40,6 +40,7 @@ ARITHMETIC = {
         "hundredth from 75%": "100 * 3 / 4",
         "or 53%": "100 * 0.999**628",
         "or 62%": "100 * 0.999**471",
+        "than 2% is left": "100 * 0.999**4000",
         "could not go below 0.25": "2 * 0.5**3",
     },
     "06_beyond_one_cycle": {"is 1.9 times": "1 + 0.9", "a factor of 1.26": "10 ** (10 / 100)"},
